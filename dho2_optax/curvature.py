@@ -1,0 +1,185 @@
+"""Curvature operators: matrix-free products with the Hessian or the Gauss-Newton matrix of a loss.
+
+An *operator* is a function ``(params, vector, batch) -> vector``. :func:`hessian` and :func:`gauss_newton` build
+them from a loss; anything with that signature may take their place. An operator knows nothing of devices:
+:func:`local_operand` and :func:`segmented_matvec` apply it to the local shard of a batch and average.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dho2_optax import segments, vectors
+from dho2_optax.vectors import Vector
+
+Batch = Any
+LossFn = Callable[..., Any]  # (params, batch) -> loss, or (loss, aux)
+Operator = Callable[[Vector, Vector, Batch], Vector]
+Mode = Literal["forward-over-reverse", "reverse-over-reverse"]
+
+_MODES = ("forward-over-reverse", "reverse-over-reverse")
+
+
+def hessian(
+    loss_fn: LossFn,
+    *,
+    has_aux: bool = False,
+    mode: Mode = "forward-over-reverse",
+    batch_size: int | None = None,
+    microbatch_size: int | None = None,
+) -> Operator:
+    r"""The operator :math:`(\theta, v, b) \mapsto \nabla^2_\theta \mathcal{L}(\theta; b)\, v`.
+
+    Args:
+      loss_fn: ``(params, batch) -> loss``, a scalar mean over the samples of the batch; with `has_aux` a pair
+        ``(loss, aux)`` of which the second is ignored.
+      has_aux: whether `loss_fn` returns a pair.
+      mode: ``"forward-over-reverse"`` (about twice the cost of a gradient) or ``"reverse-over-reverse"``, which
+        costs more but works where a function has only a ``custom_vjp``.
+      batch_size: use only this many samples, the first ones of the batch (a cheaper, noisier operator).
+        None: all.
+      microbatch_size: split the samples in chunks of this size and accumulate their products in a scan, so that
+        the activations of one chunk only are alive. Must divide the number of samples.
+
+    Returns:
+      An operator ``(params, vector, batch) -> vector``.
+
+    Raises:
+      ValueError: if `mode` is unknown or a size is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> operator = hessian(lambda x, batch: jnp.sum(batch * x**2))
+      >>> operator(jnp.ones(2), jnp.asarray([1.0, 0.0]), jnp.asarray([1.0, 3.0]))
+      Array([2., 0.], dtype=float32)
+
+    References:
+      Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
+    """
+    if mode not in _MODES:
+        raise ValueError(f"`mode` must be one of {_MODES}, got {mode!r}.")
+
+    def product(params: Vector, vector: Vector, batch: Batch) -> Vector:
+        def scalar_loss(p: Vector) -> jax.Array:
+            return loss_fn(p, batch)[0] if has_aux else loss_fn(p, batch)
+
+        if mode == "forward-over-reverse":
+            return jax.jvp(jax.grad(scalar_loss), (params,), (vector,))[1]
+        _, pullback = jax.vjp(jax.grad(scalar_loss), params)
+        return pullback(vector)[0]
+
+    return _batched(product, batch_size, microbatch_size)
+
+
+def gauss_newton(
+    model_fn: Callable[[Vector, Batch], Any],
+    output_loss_fn: Callable[[Any, Batch], jax.Array],
+    *,
+    batch_size: int | None = None,
+    microbatch_size: int | None = None,
+) -> Operator:
+    r"""The operator :math:`(\theta, v, b) \mapsto J^\top H_{\mathcal{L}} J v` of a model/loss split.
+
+    With :math:`\mathcal{L}(\theta; b) = \ell(f(\theta, b), b)`, :math:`J` is the Jacobian of the model
+    :math:`f` and :math:`H_{\mathcal{L}}` the Hessian of :math:`\ell` in the model's outputs. For a convex
+    :math:`\ell` the matrix is positive semi-definite.
+
+    Args:
+      model_fn: ``(params, batch) -> outputs``, any pytree.
+      output_loss_fn: ``(outputs, batch) -> loss``, a scalar mean over samples.
+      batch_size: as in :func:`hessian`.
+      microbatch_size: as in :func:`hessian`.
+
+    Returns:
+      An operator ``(params, vector, batch) -> vector``.
+
+    Raises:
+      ValueError: if a size is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> operator = gauss_newton(lambda x, b: b * x, lambda z, b: 0.5 * jnp.sum(z**2))
+      >>> operator(jnp.ones(2), jnp.asarray([1.0, 1.0]), jnp.asarray([1.0, 3.0]))
+      Array([1., 9.], dtype=float32)
+
+    References:
+      Schraudolph, "Fast curvature matrix-vector products", Neural Computation 14 (2002).
+    """
+
+    def product(params: Vector, vector: Vector, batch: Batch) -> Vector:
+        outputs, pushforward = jax.linearize(lambda p: model_fn(p, batch), params)
+        output_gradient = jax.grad(lambda z: output_loss_fn(z, batch))
+        _, curved = jax.jvp(output_gradient, (outputs,), (pushforward(vector),))
+        return jax.linear_transpose(pushforward, params)(curved)[0]
+
+    return _batched(product, batch_size, microbatch_size)
+
+
+def _batched(product: Operator, batch_size: int | None, microbatch_size: int | None) -> Operator:
+    """Restricts an operator to a sub-batch and accumulates it over microbatches."""
+    for name, size in (("batch_size", batch_size), ("microbatch_size", microbatch_size)):
+        if size is not None and size <= 0:
+            raise ValueError(f"`{name}` must be positive, got {size}.")
+
+    def operator(params: Vector, vector: Vector, batch: Batch) -> Vector:
+        if batch_size is not None:
+            batch = jax.tree.map(lambda x: x[:batch_size] if jnp.ndim(x) else x, batch)
+        if microbatch_size is None:
+            return product(params, vector, batch)
+        return _accumulate(product, params, vector, batch, microbatch_size)
+
+    return operator
+
+
+def _accumulate(product: Operator, params: Vector, vector: Vector, batch: Batch, microbatch_size: int) -> Vector:
+    """The mean of `product` over chunks of `microbatch_size` samples, one chunk in memory at a time."""
+    leaves, treedef = jax.tree.flatten(batch)
+    sampled = [x for x in leaves if jnp.ndim(x)]
+    num_samples = {x.shape[0] for x in sampled}
+    if len(num_samples) != 1 or min(num_samples) % microbatch_size:
+        raise ValueError(
+            f"`microbatch_size` must divide the number of samples, got {microbatch_size} for a batch whose "
+            f"leading axes have lengths {sorted(num_samples)}."
+        )
+    num_chunks = num_samples.pop() // microbatch_size
+
+    def add_chunk(total: Vector, chunk: list[jax.Array]) -> tuple[Vector, None]:
+        rows = iter(chunk)
+        microbatch = treedef.unflatten([next(rows) if jnp.ndim(x) else x for x in leaves])
+        part = product(params, vector, microbatch)
+        return jax.tree.map(lambda t, p: t + p.astype(t.dtype), total, part), None
+
+    zero = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=vectors.at_least_float32(x.dtype)), vector)
+    chunks = [x.reshape(num_chunks, microbatch_size, *x.shape[1:]) for x in sampled]
+    total, _ = lax.scan(add_chunk, zero, chunks)
+    return jax.tree.map(lambda t, v: (t / num_chunks).astype(v.dtype), total, vector)
+
+
+def segmented_matvec(
+    operator: Operator, params: Vector, batch: Batch, axis_name: str | None
+) -> Callable[[Vector], Vector]:
+    r"""The matrix-vector product of a whole data-parallel group, on vectors in segment form.
+
+    With :math:`H_p` the operator on the batch of device `p`, returns :math:`v \mapsto \frac1P \sum_p H_p v`:
+    one all-gather of ``v``, the local product, one reduce-scatter (DHO2, arXiv 2505.00982, distributed Lanczos).
+    The one place where curvature is averaged over devices.
+
+    Args:
+      operator: the curvature operator.
+      params: the parameters, whole on every device.
+      batch: the local shard of the batch.
+      axis_name: the mesh axis, or None on one device.
+    """
+    # Autodiff inserts sums over the axis for values that do not vary over it; after the cast, local products
+    # are local under either setting of `check_vma`.
+    params = vectors.vary(params, axis_name)
+
+    def matvec(segment: Vector) -> Vector:
+        vector = segments.gather(vectors.cast_like(segment, params), params, axis_name)
+        product = operator(params, vectors.vary(vector, axis_name), batch)
+        return segments.reduce_scatter_mean(product, axis_name)
+
+    return matvec

@@ -1,0 +1,251 @@
+r"""The Lanczos recurrence as a small state machine: ``start -> extend(w) -> ritz``, or ``run`` for all of it.
+
+Lanczos tridiagonalisation in its Rayleigh-Ritz form: with :math:`q_j` the rows of the basis and
+:math:`w_j = A q_j`, the whole projected matrix :math:`T_{ij} = \langle q_i, w_j \rangle` is kept and
+symmetrised, because in streaming use the operator moves while it is probed. One matvec is one
+:func:`extend`, which never calls the operator itself.
+
+Orthogonality. Every new vector is orthogonalised twice: against its two predecessors, with the coefficients of the
+three-term recurrence, and against the whole basis. In float32 that keeps :math:`\|QQ^\top - I\|` near 1e-6, and no
+float64 is needed. Where the basis fills a good part of the space a further pass follows ("twice is enough": Daniel,
+Gragg, Kaufman, Stewart, Math. Comp. 30 (1976)).
+
+Vectors are pytrees, possibly in segment form over `axis_name`. A matvec then adds four ``psum``s of at most
+``order + 1`` numbers.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dho2_optax import segments, vectors
+from dho2_optax.vectors import Stack, Vector
+
+CHECK_EVERY = 4  # matvecs between two looks at the Ritz residuals
+_FILLS = 8  # a basis of more than 1/8 of the space's dimension is orthogonalised once more
+_BREAKDOWN = 4  # a product that adds less than this many rounding errors to the space adds nothing
+
+
+class LanczosState(NamedTuple):
+    """A Lanczos process between two matvecs."""
+
+    basis: Stack  # `order` rows, orthonormal up to and with row `count`, zero beyond
+    vector: Vector  # unit norm: row `count`, to be multiplied; zero once the space is exhausted
+    projected: jax.Array  # shape=(order, order): column j holds <q_i, A q_j>
+    beta: jax.Array  # shape=(): norm of what the last product adds to the space
+    scale: jax.Array  # shape=(): largest norm of a product so far, an estimate of |A|
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # shape=(), dtype=int32: products taken so far
+    restart: jax.Array  # shape=(), dtype=int32: `count` at the last breakdown, 0 if there was none
+    exhausted: jax.Array  # shape=(), dtype=bool: the basis spans the whole space
+    seed: jax.Array  # shape=(), dtype=uint32: for the random vectors that follow a breakdown
+
+
+class RitzPairs(NamedTuple):
+    r"""Eigenpairs of the projected matrix in ascending order, `num_valid` of them meaningful."""
+
+    values: jax.Array  # shape=(order,)
+    residuals: jax.Array  # shape=(order,): |A y - theta y| of each pair
+    coefficients: jax.Array  # shape=(order, order): column i holds y_i in the basis
+    num_valid: jax.Array  # shape=(), dtype=int32
+
+
+def random_vector(seed: jax.Array, like: Vector, axis_name: str | None) -> Vector:
+    """A random unit vector in segment form, the same for every number of devices.
+
+    Numbers are uniform and centred. Each is a hash of the seed and of its own position, so a device makes its
+    segment alone, and a model of a hundred leaves compiles as fast as one of two: `jax.random` took half a second
+    a leaf. A start vector needs no better randomness.
+
+    Args:
+      seed: shape=(), dtype=uint32.
+      like: a whole vector; leaves of the result are float32, or float64 where its are.
+      axis_name: the axis the segments are split over.
+    """
+    leaves, treedef = jax.tree.flatten(like)
+    places = jax.tree.leaves(segments.positions(like, axis_name))
+
+    def draw(number: int, leaf: jax.Array, place: jax.Array) -> jax.Array:
+        start = _hash(seed.astype(jnp.uint32) + _hash(jnp.uint32(number + 1)))
+        bits = lax.bitcast_convert_type(_hash(place + start), jnp.int32)
+        dtype = vectors.at_least_float32(leaf.dtype)
+        return jnp.where(place < leaf.size, bits.astype(dtype) * 2.0**-31, 0)
+
+    draws = [draw(i, x, at) for i, (x, at) in enumerate(zip(leaves, places, strict=True))]
+    vector = treedef.unflatten(draws)
+    return vectors.scale(1 / vectors.norm(vector, axis_name), vector)
+
+
+def _hash(x: jax.Array) -> jax.Array:
+    """Mixes the bits of 32-bit words (the "lowbias32" function of C. Wellons, public domain)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def start(
+    vector: Vector, order: int, *, seed: jax.Array, axis_name: str | None = None, dtype: Any = None
+) -> LanczosState:
+    """A process of at most `order` products that starts at `vector`, of any non-zero norm."""
+    basis = vectors.zero_stack(order, vector, dtype)
+    number = vectors.accumulation_dtype(basis)
+    unit = vectors.scale(1 / vectors.norm(vector, axis_name), vector)
+    zero = jnp.zeros((), number)
+    unit = jax.tree.map(lambda x, b: x.astype(b.dtype), unit, basis)
+    return LanczosState(
+        basis=vectors.set_row(basis, 0, unit),
+        vector=unit,
+        projected=jnp.zeros((order, order), number),
+        beta=zero,
+        scale=zero,
+        count=jnp.zeros((), jnp.int32),
+        restart=jnp.zeros((), jnp.int32),
+        exhausted=jnp.zeros((), bool),
+        seed=seed.astype(jnp.uint32),
+    )
+
+
+def _project_out(basis: Stack, w: Vector, axis_name: str | None) -> tuple[Vector, jax.Array, jax.Array]:
+    """One classical Gram-Schmidt pass: ``w - Q'Qw``, the coefficients ``Qw``, and the norms before and after."""
+    local = jnp.append(vectors.dots(basis, w), vectors.dot(w, w))
+    sums = local if axis_name is None else lax.psum(local, axis_name)
+    coefficients, norm_before = sums[:-1], jnp.sqrt(sums[-1])
+    w = vectors.subtract(w, vectors.combine(coefficients, basis))
+    return w, coefficients, jnp.stack([norm_before, vectors.norm(w, axis_name)])
+
+
+def extend(state: LanczosState, product: Vector, like: Vector, axis_name: str | None = None) -> LanczosState:
+    """Takes ``product = A state.vector`` in and finds the next vector.
+
+    The basis is written once, with a value that depends on everything that reads it, and no conditional reads it: else
+    the compiler would copy it, at the cost of several passes.
+
+    Args:
+      state: the process, neither exhausted nor at its last row.
+      product: the operator applied to ``state.vector``, in segment form.
+      like: a whole vector, for the shapes of the random vector that follows a breakdown.
+      axis_name: the axis the segments are split over.
+    """
+    j = state.count
+    w = vectors.cast_like(product, state.vector)
+    epsilon = jnp.finfo(state.beta.dtype).eps
+    basis = state.basis
+
+    # The first pass, by the three-term recurrence: w - alpha_j q_j - beta_{j-1} q_{j-1}.
+    alpha, square = _two_dots(state.vector, w, axis_name)
+    beta_before = jnp.where(j > 0, state.projected[j, j - 1], 0)
+    previous = vectors.row(basis, jnp.maximum(j - 1, 0))
+    w = jax.tree.map(
+        lambda x, q, p: x - alpha.astype(x.dtype) * q - beta_before.astype(x.dtype) * p,
+        w,
+        state.vector,
+        previous,
+    )
+    # A square that under- or overflows says nothing of the norm: such a product counts as not finite.
+    limits = jnp.finfo(square.dtype)
+    lost = ~jnp.isfinite(square) | (square < limits.tiny / limits.eps) & (alpha != 0)
+    scale = jnp.maximum(state.scale, jnp.where(lost, jnp.nan, jnp.sqrt(square)))
+
+    # Breakdown: the basis spans an invariant subspace. Go on from a random vector.
+    breakdown = vectors.norm(w, axis_name) <= _BREAKDOWN * epsilon * scale
+    w = lax.cond(
+        breakdown,
+        lambda w: vectors.cast_like(random_vector(state.seed + j.astype(jnp.uint32) + 1, like, axis_name), w),
+        lambda w: w,
+        w,
+    )
+
+    # The second pass, against the whole basis.
+    w, column, (norm_before, norm) = _project_out(basis, w, axis_name)
+    if _FILLS * state.projected.shape[0] > sum(leaf.size for leaf in jax.tree.leaves(like)):
+        # In a small space little of a vector is left; what is must be orthogonalised again.
+        w, more, (_, norm) = _project_out(basis, w, axis_name)
+        column = column + more
+    exhausted = norm <= jnp.sqrt(epsilon) * norm_before
+    beta = jnp.where(lost, jnp.nan, jnp.where(breakdown | exhausted, 0, norm))
+    usable = ~exhausted & ~lost & jnp.isfinite(norm)
+    inverse = jnp.where(usable, 1 / jnp.where(usable, norm, 1), 0)
+    vector = jax.tree.map(lambda x: jnp.where(usable, inverse.astype(x.dtype) * x, 0), w)
+
+    # After the last product there is no row for the new vector; the one before is written again.
+    last = j + 1 >= state.projected.shape[0]
+    row = jax.tree.map(lambda new, old: jnp.where(last, old, new), vector, state.vector)
+    basis = vectors.set_row(basis, jnp.where(last, j, j + 1), row)
+
+    column = jnp.where(breakdown, 0, column).at[j].add(alpha).at[j - 1].add(beta_before)
+    return LanczosState(
+        basis=basis,
+        vector=vector,
+        projected=state.projected.at[:, j].add(column).at[j + 1, j].set(beta, mode="drop"),
+        beta=beta,
+        scale=scale,
+        count=j + 1,
+        restart=jnp.where(breakdown, j + 1, state.restart),
+        exhausted=exhausted,
+        seed=state.seed,
+    )
+
+
+def _two_dots(x: Vector, w: Vector, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
+    """``<x, w>`` and ``<w, w>`` in one reduction."""
+    pair = jnp.stack([vectors.dot(x, w), vectors.dot(w, w)])
+    pair = pair if axis_name is None else lax.psum(pair, axis_name)
+    return pair[0], pair[1]
+
+
+def ritz(state: LanczosState) -> RitzPairs:
+    r"""The Rayleigh-Ritz pairs of the space built so far.
+
+    The residual of the pair :math:`(\theta_i, y_i)` with :math:`y_i = Q^\top s_i` is
+    :math:`|\beta\, s_{ji}|`, with :math:`j` the last row of the basis.
+    """
+    order = state.projected.shape[0]
+    index = jnp.arange(order)
+    valid = index < state.count
+    matrix = jnp.where(valid[:, None] & valid[None, :], state.projected, 0)
+    matrix = (matrix + matrix.T) / 2
+    # Rows not yet filled get eigenvalues above all others, so that the valid pairs come first.
+    beyond = 2 * jnp.sqrt(jnp.sum(matrix**2)) + 1
+    matrix = matrix + jnp.diag(jnp.where(valid, jnp.zeros_like(beyond), beyond))
+    values, coefficients = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    last_row = coefficients[jnp.maximum(state.count - 1, 0)]
+    return RitzPairs(values, jnp.abs(state.beta * last_row), coefficients, state.count)
+
+
+def run(
+    matvec: Callable[[Vector], Vector],
+    state: LanczosState,
+    like: Vector,
+    *,
+    is_done: Callable[[RitzPairs], jax.Array],
+    min_matvecs: int,
+    axis_name: str | None = None,
+) -> LanczosState:
+    """Extends the process until `is_done`, the end of the basis, or a product that is not finite.
+
+    Args:
+      matvec: the operator, on vectors in segment form.
+      state: a process as :func:`start` gives it.
+      like: a whole vector (see :func:`extend`).
+      is_done: whether the pairs suffice; asked every `CHECK_EVERY` matvecs, and not before `min_matvecs` have been
+        taken since the start or the last breakdown (the copies of a multiple eigenvalue are found one by one).
+      min_matvecs: see `is_done`.
+      axis_name: the axis the segments are split over.
+    """
+    order = state.projected.shape[0]
+
+    def unfinished(carry: tuple[LanczosState, jax.Array]) -> jax.Array:
+        state, done = carry
+        return (state.count < order) & ~done & ~state.exhausted & jnp.isfinite(state.beta)
+
+    def advance(carry: tuple[LanczosState, jax.Array]) -> tuple[LanczosState, jax.Array]:
+        state = extend(carry[0], matvec(carry[0].vector), like, axis_name)
+        due = (state.count % CHECK_EVERY == 0) & (state.count - state.restart >= min_matvecs)
+        # The branch sees the small fields of the state only.
+        done = lax.cond(due, lambda: is_done(ritz(state)), lambda: jnp.zeros((), bool))
+        return state, done
+
+    state, _ = lax.while_loop(unfinished, advance, (state, jnp.zeros((), bool)))
+    return state

@@ -1,0 +1,143 @@
+"""Algebra of pytree vectors and of stacks of them.
+
+A *vector* is a pytree of arrays; a *stack* of ``m`` vectors is the same pytree with one more leading axis
+of length ``m`` on every leaf. Nothing is raveled into one flat array: leaves keep their sharding and dtype.
+
+Where a vector is split over the devices of a mesh axis, every device holds a segment of each leaf, and
+``axis_name`` names that axis. Only :func:`dots` and what is built on it communicate: one ``psum`` of a
+few numbers each.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+Vector = Any  # a pytree of arrays
+Stack = Any  # the same pytree, one more leading axis on every leaf
+
+
+def at_least_float32(dtype: Any) -> jnp.dtype:
+    """`dtype`, or float32 for the shorter ones; a rule of its own, since strict dtype promotion refuses to mix."""
+    return jnp.dtype(jnp.float32) if jnp.dtype(dtype).itemsize < 4 else jnp.dtype(dtype)
+
+
+def accumulation_dtype(tree: Vector) -> jnp.dtype:
+    """The dtype inner products of `tree` are accumulated in: float32, or float64 if a leaf has it."""
+    dtypes = [at_least_float32(leaf.dtype) for leaf in jax.tree.leaves(tree)]
+    return max(dtypes, key=lambda dtype: dtype.itemsize, default=jnp.dtype(jnp.float32))
+
+
+def vary(tree: Any, axis_name: str | None) -> Any:
+    """Marks every leaf as varying over `axis_name`, which ``shard_map(check_vma=True)`` asks for.
+
+    Changes nothing where nothing is tracked: under ``pmap``, ``vmap`` and ``check_vma=False``.
+    """
+    if axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+
+    def cast(x: jax.Array) -> jax.Array:
+        if axis_name in jax.typeof(x).manual_axis_type.varying:
+            return x
+        return lax.pcast(x, axis_name, to="varying")
+
+    return jax.tree.map(cast, tree)
+
+
+def zero_stack(size: int, like: Vector, dtype: Any = None) -> Stack:
+    """A stack of `size` zero vectors; `dtype=None` keeps each leaf's, raised to at least float32."""
+
+    def zeros(x: jax.Array) -> jax.Array:
+        leaf_dtype = at_least_float32(x.dtype) if dtype is None else dtype
+        # `zeros_like` and the broadcast carry the sharding of `x` along.
+        return jnp.broadcast_to(jnp.zeros_like(x, dtype=leaf_dtype), (size, *x.shape))
+
+    return jax.tree.map(zeros, like)
+
+
+def is_explicitly_sharded(x: jax.Array) -> bool:
+    """Whether the type of `x` names a mesh axis it is sharded over (meshes with ``AxisType.Explicit``)."""
+    return any(axis is not None for axis in jax.typeof(x).sharding.spec)
+
+
+def _dots_leaf(stack: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
+    """``(m,)`` inner products of the rows of one leaf with `x`, in full precision."""
+    axes = tuple(range(x.ndim))
+    dimension_numbers = ((tuple(a + 1 for a in axes), axes), ((), ()))
+    # Explicitly sharded leaves have to be told where the sum over shards goes: to every device.
+    sharded = is_explicitly_sharded(stack) or is_explicitly_sharded(x)
+    everywhere = NamedSharding(jax.typeof(stack).sharding.mesh, PartitionSpec(None)) if sharded else None
+    return lax.dot_general(
+        stack.astype(dtype),
+        x.astype(dtype),
+        dimension_numbers,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
+        out_sharding=everywhere,
+    )
+
+
+def dots(stack: Stack, vector: Vector, axis_name: str | None = None) -> jax.Array:
+    r"""``(m,)`` inner products :math:`\langle s_i, x \rangle`; one pass over the stack."""
+    dtype = accumulation_dtype(stack)
+    parts = [_dots_leaf(s, x, dtype) for s, x in zip(jax.tree.leaves(stack), jax.tree.leaves(vector), strict=True)]
+    total = sum(parts[1:], start=parts[0])
+    return total if axis_name is None else lax.psum(total, axis_name)
+
+
+def dot(x: Vector, y: Vector, axis_name: str | None = None) -> jax.Array:
+    """The inner product of two vectors, a scalar."""
+    return dots(jax.tree.map(lambda leaf: leaf[None], x), y, axis_name)[0]
+
+
+def norm(x: Vector, axis_name: str | None = None) -> jax.Array:
+    """The Euclidean norm of a vector, a scalar."""
+    return jnp.sqrt(dot(x, x, axis_name))
+
+
+def gram(rows: Stack, columns: Stack, axis_name: str | None = None) -> jax.Array:
+    r"""The matrix of all inner products :math:`\langle r_i, c_j \rangle`."""
+    one_column = lambda column: dots(rows, column)  # noqa: E731
+    local = lax.map(one_column, columns).T
+    return local if axis_name is None else lax.psum(local, axis_name)
+
+
+def combine(coefficients: jax.Array, stack: Stack) -> Vector:
+    r""":math:`\sum_i a_i s_i`, one pass over the stack; a matrix of coefficients gives a stack."""
+
+    def leaf(s: jax.Array) -> jax.Array:
+        return lax.dot_general(
+            coefficients.astype(s.dtype),
+            s,
+            (((coefficients.ndim - 1,), (0,)), ((), ())),
+            precision=lax.Precision.HIGHEST,
+        )
+
+    return jax.tree.map(leaf, stack)
+
+
+def subtract(x: Vector, y: Vector) -> Vector:
+    """``x - y`` leaf by leaf, in the dtype of `x`."""
+    return jax.tree.map(lambda a, b: a - b.astype(a.dtype), x, y)
+
+
+def scale(factor: jax.Array, x: Vector) -> Vector:
+    """``factor * x``, each leaf in its own dtype."""
+    return jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, x)
+
+
+def cast_like(x: Vector, like: Vector) -> Vector:
+    """`x` with the dtypes of `like`."""
+    return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), x, like)
+
+
+def row(stack: Stack, index: jax.Array | int) -> Vector:
+    """The vector at `index`."""
+    return jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, index, keepdims=False), stack)
+
+
+def set_row(stack: Stack, index: jax.Array | int, vector: Vector) -> Stack:
+    """The stack with the vector at `index` replaced."""
+    return jax.tree.map(lambda s, x: lax.dynamic_update_index_in_dim(s, x.astype(s.dtype), index, 0), stack, vector)

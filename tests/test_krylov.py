@@ -1,0 +1,362 @@
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dho2_optax import krylov, segments
+from tests.helpers import (
+    AXIS,
+    flat,
+    flat_rows,
+    matrix_operator,
+    named_spectra,
+    on_devices,
+    symmetric,
+    unflatten,
+)
+
+_N, _ORDER = 60, 24
+_SPECTRA = named_spectra(_N)
+_LIKE = {"a": np.zeros((5, 6), np.float32), "b": np.zeros(29, np.float32), "c": np.float32(0)}
+_TOLERANCE = 3e-6  # float32, relative to the norm of the matrix
+
+
+def _never(pairs):
+    del pairs
+    return jnp.zeros((), bool)
+
+
+@partial(jax.jit, static_argnames="order")
+def _compiled_run(matrix, first, seed, bound, min_matvecs, poison, bad, order):
+    """A Lanczos run until the last Ritz pair has a residual below `bound`.
+
+    The product of `matrix` and a vector that begins like `poison` has the entry `bad`.
+    """
+
+    def matvec(vector):
+        product = matrix_operator(matrix, _LIKE)(vector)
+        is_poison = jnp.abs(vector["b"][0] - poison["b"][0]) < 1e-6
+        return {**product, "b": jnp.where(is_poison, bad, product["b"])}
+
+    def is_done(pairs):
+        return pairs.residuals[pairs.num_valid - 1] < bound
+
+    state = krylov.start(first, order, seed=seed)
+    state = krylov.run(matvec, state, _LIKE, is_done=is_done, min_matvecs=min_matvecs)
+    return state, krylov.ritz(state)
+
+
+@jax.jit
+def _begin(first):
+    return krylov.start(first, _ORDER, seed=jnp.uint32(0))
+
+
+@jax.jit
+def _extend(matrix, state):
+    return krylov.extend(state, matrix_operator(matrix, _LIKE)(state.vector), _LIKE)
+
+
+def _random(seed):
+    return unflatten(np.random.default_rng(seed).normal(size=_N).astype(np.float32), _LIKE)
+
+
+def _run(matrix, first=None, *, seed=0, bound=-1, min_matvecs=0, poison=None, bad=0, order=_ORDER):
+    first = _random(1) if first is None else first
+    poison = jax.tree.map(lambda x: np.full_like(x, np.nan), _LIKE) if poison is None else poison
+    numbers = np.float32(bound), np.int32(min_matvecs)
+    matrix = matrix.astype(np.float32)
+    return _compiled_run(matrix, first, np.uint32(seed), *numbers, poison, np.float32(bad), order)
+
+
+def _assert_decomposition(matrix, state, tolerance=_TOLERANCE):
+    """The identities of a Lanczos process: ``QQ' = I`` and ``A Q' = Q' T + beta q e'``."""
+    count, scale = int(state.count), np.linalg.norm(matrix, 2)
+    basis = flat_rows(state.basis)
+    projected = np.asarray(state.projected, np.float64)
+    assert not basis[count + 1 :].any()
+    assert not projected[:, count:].any()
+    basis, projected = basis[:count], projected[:count, :count]
+    np.testing.assert_allclose(basis @ basis.T, np.eye(count), atol=_TOLERANCE)
+    remainder = matrix @ basis.T - basis.T @ projected
+    remainder[:, -1] -= float(state.beta) * flat(state.vector)
+    assert np.max(np.linalg.norm(remainder, axis=0)) <= tolerance * scale
+    assert np.max(np.abs(basis @ flat(state.vector))) <= _TOLERANCE
+    return basis, projected
+
+
+@pytest.mark.parametrize("name", _SPECTRA)
+def test_a_run_satisfies_the_lanczos_identities(name):
+    matrix = symmetric(_SPECTRA[name])
+    state, _ = _run(matrix)
+    assert state.count == _ORDER
+    assert not state.exhausted
+    _, projected = _assert_decomposition(matrix, state)
+    scale = np.linalg.norm(matrix, 2)
+    np.testing.assert_allclose(projected, projected.T, atol=_TOLERANCE * scale)
+    assert np.max(np.abs(np.triu(projected, 2)), initial=0) <= _TOLERANCE * scale
+    assert np.linalg.norm(flat(state.vector)) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", _SPECTRA)
+def test_residuals_of_ritz_pairs_are_the_true_ones(name):
+    matrix = symmetric(_SPECTRA[name])
+    state, pairs = _run(matrix)
+    values, coefficients = np.asarray(pairs.values, np.float64), np.asarray(pairs.coefficients)
+    assert pairs.num_valid == _ORDER
+    assert np.all(np.diff(values) >= 0)
+    vectors = coefficients.T @ flat_rows(state.basis)
+    residuals = np.linalg.norm(vectors @ matrix - values[:, None] * vectors, axis=1)
+    scale = np.linalg.norm(matrix, 2)
+    np.testing.assert_allclose(pairs.residuals, residuals, atol=2 * _TOLERANCE * scale)
+
+
+def test_ritz_pairs_of_a_run_that_has_only_begun_come_first():
+    matrix = symmetric(_SPECTRA["indefinite"]).astype(np.float32)
+    state = _begin(_random(1))
+    for _ in range(3):
+        state = _extend(matrix, state)
+    pairs = jax.jit(krylov.ritz)(state)
+    projected = np.asarray(state.projected, np.float64)[:3, :3]
+    assert pairs.num_valid == 3
+    expected = np.linalg.eigvalsh((projected + projected.T) / 2)
+    np.testing.assert_allclose(pairs.values[:3], expected, atol=1e-6)
+    assert np.all(pairs.values[3:] > 1.1 * np.linalg.norm(projected, 2))
+    assert not np.asarray(pairs.coefficients)[3:, :3].any()
+
+
+def test_extend_once_at_a_time_equals_run():
+    matrix = symmetric(_SPECTRA["outliers"]).astype(np.float32)
+    whole, _ = _run(matrix)
+    state = _begin(_random(1))
+    for step in range(_ORDER):
+        assert state.count == step
+        state = _extend(matrix, state)
+    np.testing.assert_allclose(flat_rows(state.basis), flat_rows(whole.basis), atol=1e-4)
+    np.testing.assert_allclose(state.projected, whole.projected, atol=1e-4)
+
+
+def test_the_norm_of_the_start_vector_does_not_matter():
+    matrix = symmetric(_SPECTRA["outliers"])
+    first = _random(1)
+    state, _ = _run(matrix, jax.tree.map(lambda x: np.float32(1e4) * x, first))
+    unit = flat(first) / np.linalg.norm(flat(first))
+    np.testing.assert_allclose(flat_rows(state.basis)[0], unit, atol=1e-6)
+    _assert_decomposition(matrix, state)
+
+
+@pytest.mark.parametrize(("name", "rank"), [("low rank", 5), ("multiple of the identity", 1), ("zero", 0)])
+def test_a_breakdown_is_followed_by_a_random_vector(name, rank):
+    matrix = symmetric(_SPECTRA[name])
+    state, pairs = _run(matrix)
+    assert state.restart == _ORDER  # the last of many breakdowns
+    assert state.beta == 0
+    true = np.sort(_SPECTRA[name])
+    values = np.asarray(pairs.values)
+    scale = np.linalg.norm(matrix, 2)
+    for value in values:
+        assert np.min(np.abs(value - true)) <= _TOLERANCE * scale
+    assert np.sum(np.abs(values) > 1e-3 * scale) == {5: 5, 1: _ORDER, 0: 0}[rank]
+
+
+def test_the_seed_decides_what_follows_a_breakdown():
+    matrix = symmetric(_SPECTRA["low rank"])
+    bases = [flat_rows(_run(matrix, seed=seed)[0].basis) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(bases[0], bases[1])
+    np.testing.assert_allclose(bases[0][:5], bases[2][:5], atol=1e-4)
+    assert np.abs(np.sum(bases[0][-1] * bases[2][-1])) < 0.6
+
+
+def test_an_eigenvector_as_start_is_a_breakdown_at_once():
+    matrix = symmetric(_SPECTRA["outliers"])
+    values, eigenvectors = np.linalg.eigh(matrix)
+    state, pairs = _run(matrix, unflatten(eigenvectors[:, 3].astype(np.float32), _LIKE))
+    basis, projected = _assert_decomposition(matrix, state)
+    assert projected[0, 0] == pytest.approx(values[3], abs=1e-5)
+    assert abs(projected[1, 0]) < 1e-5
+    np.testing.assert_allclose(np.abs(basis[0] @ eigenvectors[:, 3]), 1, atol=1e-5)
+    # The restart still finds the rest.
+    np.testing.assert_allclose(pairs.values[-3:], values[-3:], atol=1e-4)
+
+
+def test_an_order_above_the_dimension_ends_with_the_space():
+    like = {"a": np.zeros((2, 2), np.float32), "b": np.float32(0)}
+    values = np.array([-3.0, 1.0, 1.0, 2.0, 5.0])
+    matrix = symmetric(values)
+
+    @jax.jit
+    def run(matrix, first):
+        state = krylov.start(first, 9, seed=jnp.uint32(0))
+        matvec = matrix_operator(matrix, like)
+        state = krylov.run(matvec, state, like, is_done=_never, min_matvecs=0)
+        return state, krylov.ritz(state)
+
+    first = unflatten(np.arange(1, 6, dtype=np.float32), like)
+    state, pairs = run(matrix.astype(np.float32), first)
+    assert state.exhausted
+    assert state.count == 5
+    assert not flat(state.vector).any()
+    _assert_decomposition(matrix, state)
+    np.testing.assert_allclose(pairs.values[:5], values, atol=1e-5)
+    np.testing.assert_allclose(pairs.residuals[:5], 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", _SPECTRA)
+def test_a_basis_of_the_whole_space_is_orthonormal(name):
+    matrix = symmetric(_SPECTRA[name])
+    state, pairs = _run(matrix, order=_N)
+    count = int(state.count)
+    basis = flat_rows(state.basis)[:count]
+    np.testing.assert_allclose(basis @ basis.T, np.eye(count), atol=1e-5)
+    assert count == _N
+    scale = np.linalg.norm(matrix, 2)
+    np.testing.assert_allclose(pairs.values, np.sort(_SPECTRA[name]), atol=2 * _TOLERANCE * scale)
+
+
+def test_run_changes_nothing_once_the_basis_is_full():
+    matrix = symmetric(_SPECTRA["outliers"]).astype(np.float32)
+    full, _ = _run(matrix)
+    run = partial(krylov.run, like=_LIKE, is_done=_never, min_matvecs=0)
+    after = jax.jit(lambda state: run(matrix_operator(matrix, _LIKE), state))(full)
+    for name, before in full._asdict().items():
+        np.testing.assert_array_equal(flat(getattr(after, name)), flat(before), err_msg=name)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_product_that_is_not_finite_ends_the_run_and_shows(bad):
+    matrix = symmetric(_SPECTRA["outliers"])
+    whole, _ = _run(matrix)
+    third = jax.tree.map(lambda x: np.asarray(x)[2], whole.basis)
+    state, _ = _run(matrix, poison=third, bad=bad)
+    assert state.count == 3
+    assert not np.isfinite(state.beta)
+    projected = np.asarray(state.projected)
+    assert np.all(np.isfinite(projected[:, :2]))
+    assert not np.all(np.isfinite(projected[:, 2]))
+
+
+def test_run_asks_every_few_matvecs_and_not_before_the_least_number():
+    matrix, every = symmetric(_SPECTRA["outliers"]), krylov.CHECK_EVERY
+    least = (0, every, every + 1)
+    counts = [int(_run(matrix, bound=np.inf, min_matvecs=m)[0].count) for m in least]
+    assert counts == [every, every, 2 * every]
+
+
+def test_run_counts_the_least_number_of_matvecs_from_the_last_breakdown():
+    # The second product breaks down, so that four more end at the sixth, and the next look is at the eighth.
+    matrix = symmetric(np.concatenate([[4.0, 4.0], np.linspace(-1, 1, _N - 2)]))
+    _, eigenvectors = np.linalg.eigh(matrix)
+    first = unflatten((eigenvectors[:, -1] + eigenvectors[:, 0]).astype(np.float32), _LIKE)
+    state, pairs = _run(matrix, first, bound=np.inf, min_matvecs=4)
+    assert (state.restart, state.count) == (2, 8)
+    state, pairs = _run(matrix, first, bound=1e-2, min_matvecs=4)
+    np.testing.assert_allclose(pairs.values[state.count - 2 : state.count], 4, atol=1e-3)
+
+
+def test_run_stops_when_it_is_told_the_pairs_suffice():
+    matrix = symmetric(_SPECTRA["outliers"])
+    loose, tight, never = (int(_run(matrix, bound=bound)[0].count) for bound in (1, 1e-4, 0))
+    assert loose < tight < never == _ORDER
+
+
+def test_a_moving_operator_keeps_the_basis_orthonormal():
+    start, drift = symmetric(_SPECTRA["outliers"]), symmetric(_SPECTRA["indefinite"], seed=9)
+
+    @jax.jit
+    def run(first):
+        def step(state, j):
+            moving = start.astype(np.float32) + 0.1 * j * drift.astype(np.float32)
+            product = matrix_operator(moving, _LIKE)(state.vector)
+            return krylov.extend(state, product, _LIKE), None
+
+        state = krylov.start(first, _ORDER, seed=jnp.uint32(0))
+        state, _ = jax.lax.scan(step, state, jnp.arange(_ORDER, dtype=jnp.float32))
+        return state, krylov.ritz(state)
+
+    state, pairs = run(_random(1))
+    basis, projected = flat_rows(state.basis), np.asarray(state.projected, np.float64)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(_ORDER), atol=_TOLERANCE)
+    # Column j holds <q_i, A_j q_j>, on and above the diagonal in full.
+    for j in (0, 7, _ORDER - 1):
+        column = basis @ ((start + 0.1 * j * drift) @ basis[j])
+        np.testing.assert_allclose(projected[: j + 1, j], column[: j + 1], atol=1e-4)
+    assert np.max(np.abs(projected - projected.T)) > 1e-2
+    symmetrised = np.linalg.eigvalsh((projected + projected.T) / 2)
+    np.testing.assert_allclose(pairs.values, symmetrised, atol=1e-4)
+
+
+def test_a_basis_in_bfloat16_is_stored_in_bfloat16_and_close_to_orthonormal():
+    matrix = symmetric(_SPECTRA["outliers"]).astype(np.float32)
+
+    @jax.jit
+    def run(first):
+        state = krylov.start(first, 8, seed=jnp.uint32(0), dtype=jnp.bfloat16)
+        matvec = matrix_operator(matrix, _LIKE)
+        return krylov.run(matvec, state, _LIKE, is_done=_never, min_matvecs=0)
+
+    state = run(_random(1))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.basis)} == {jnp.dtype("bfloat16")}
+    assert state.projected.dtype == jnp.float32
+    basis = flat_rows(state.basis)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(8), atol=3e-2)
+
+
+_MIXED = {
+    "big": jax.ShapeDtypeStruct((30, 40), jnp.float32),
+    "same": jax.ShapeDtypeStruct((30, 40), jnp.bfloat16),
+    "odd": jax.ShapeDtypeStruct((257,), jnp.float32),
+    "scalar": jax.ShapeDtypeStruct((), jnp.float32),
+    "empty": jax.ShapeDtypeStruct((0,), jnp.float32),
+}
+
+
+@cache
+def _random_vector(seed, num_devices=None):
+    like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _MIXED)
+    seed = np.uint32(seed)
+    if num_devices is None:
+        return jax.jit(lambda seed: krylov.random_vector(seed, like, None))(seed)
+
+    def program(seed, _):
+        segment = krylov.random_vector(seed, like, AXIS)
+        return segments.gather(segment, like, AXIS), segment
+
+    return on_devices(program, num_devices, "shard_map")(seed, np.zeros(num_devices))
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3, 4, 8])
+def test_random_vectors_do_not_depend_on_the_number_of_devices(num_devices):
+    alone = _random_vector(5)
+    whole, segment = _random_vector(5, num_devices)
+    for name, leaf in alone.items():
+        for p in range(num_devices):
+            np.testing.assert_allclose(whole[name][p], leaf, rtol=1e-6)
+        assert not np.asarray(segment[name]).reshape(-1)[leaf.size :].any()
+
+
+def test_random_vectors_differ_by_seed_and_between_leaves():
+    first, second = _random_vector(5), _random_vector(6)
+    for x, y in (
+        (first["big"], second["big"]),
+        (first["odd"], second["odd"]),
+        (first["big"], first["same"]),
+        (first["big"].reshape(-1)[:257], first["odd"]),
+    ):
+        correlation = np.corrcoef(np.ravel(x), np.ravel(y))[0, 1]
+        assert abs(correlation) < 4 / np.sqrt(np.size(x))
+    assert first["scalar"] != second["scalar"]
+
+
+def test_random_vectors_are_uniform_unit_and_of_float32():
+    vector = _random_vector(5)
+    assert {leaf.dtype for leaf in jax.tree.leaves(vector)} == {jnp.dtype("float32")}
+    values = flat(vector)
+    assert np.linalg.norm(values) == pytest.approx(1, abs=1e-5)
+    values = values * np.sqrt(values.size / 3)  # uniform between -1 and 1
+    assert abs(np.mean(values)) < 4 / np.sqrt(3 * values.size)
+    assert np.mean(values**4) == pytest.approx(1 / 5, rel=0.1)
+    assert np.max(np.abs(values)) < 1.1
+    assert np.unique(values).size == values.size
+    neighbours = np.corrcoef(values[:-1], values[1:])[0, 1]
+    assert abs(neighbours) < 4 / np.sqrt(values.size)
