@@ -1,0 +1,103 @@
+"""Running a transformation that is written for one device of a mesh axis on global arrays, under ``jit``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+InitFn = Callable[[Any], Any]
+
+
+def state_specs(init: InitFn, params: Any, axis_name: str) -> Any:
+    """The ``PartitionSpec`` of every leaf of an optimizer state, for ``shard_map``'s `in_specs` and `out_specs`.
+
+    A dimension of which a device holds only a part is sharded over `axis_name`, everything else is replicated. Works
+    for any composition that contains a transformation with that `axis_name`, because it compares the shapes of the
+    state on one device with those on two.
+
+    Args:
+      init: the ``init`` of the whole optimizer.
+      params: the parameters, or anything with their shapes and dtypes.
+      axis_name: the mesh axis.
+
+    Example:
+      >>> import dho2_optax as dho2, jax.numpy as jnp, optax
+      >>> tx = dho2.dho2(optax.adam(1e-3), lambda p, b: p.sum(), rank=8, axis_name="data")
+      >>> specs = state_specs(tx.init, jnp.zeros(1000), "data")
+      >>> tuple(specs.spectrum.eigenvectors), tuple(specs.count)
+      ((None, 'data'), ())
+    """
+
+    def local_shapes(num_devices: int) -> Any:
+        replicas = jax.vmap(init, in_axes=None, axis_name=axis_name, axis_size=num_devices)
+        return jax.eval_shape(replicas, params)
+
+    def spec(one: jax.ShapeDtypeStruct, two: jax.ShapeDtypeStruct) -> PartitionSpec:
+        # The first dimension counts the replicas.
+        pairs = zip(one.shape[1:], two.shape[1:], strict=True)
+        dims = [axis_name if a != b else None for a, b in pairs]
+        return PartitionSpec(*dims) if axis_name in dims else PartitionSpec()
+
+    return jax.tree.map(spec, local_shapes(1), local_shapes(2))
+
+
+def batch_specs(batch: Any, mesh: Mesh, axis_name: str) -> Any:
+    """Shards the leading axis of every array of a batch; scalars (a random key, say) are replicated."""
+    num_devices = mesh.shape[axis_name]
+
+    def spec(x: Any) -> PartitionSpec:
+        shape = jax.numpy.shape(x)
+        if not shape:
+            return PartitionSpec()
+        if shape[0] % num_devices:
+            raise ValueError(
+                f"the leading axis of every array of `batch` must be divisible by the {num_devices} devices of "
+                f"mesh axis {axis_name!r}, got an array of shape {shape}."
+            )
+        return PartitionSpec(axis_name)
+
+    return jax.tree.map(spec, batch)
+
+
+def over_mesh(
+    local: optax.GradientTransformationExtraArgs, mesh: Mesh, axis_name: str
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps a transformation that names `axis_name` so that it takes and returns global arrays.
+
+    Parameters, gradients and updates are whole on every device of the axis; the state lives sharded over it, and the
+    batch is sharded over it when it is used. Other axes of the mesh are left as they are.
+    """
+    if axis_name not in mesh.axis_names:
+        raise ValueError(f"`axis_name` must be one of {mesh.axis_names} of the mesh, got {axis_name!r}.")
+    replicated = PartitionSpec()
+
+    def shard_map(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        # Varying-axes checks would be applied to the user's loss too, which need not be written for them.
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names={axis_name},
+            check_vma=False,
+        )
+
+    def init(params: Any) -> Any:
+        specs = state_specs(local.init, params, axis_name)
+        return jax.jit(shard_map(local.init, replicated, specs))(params)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        specs = state_specs(local.init, params, axis_name)
+        batch = extra.pop("batch", None)
+
+        def local_update(updates: Any, state: Any, params: Any, batch: Any) -> tuple[Any, Any]:
+            batch = {} if batch is None else {"batch": batch}
+            return local.update(updates, state, params, **batch, **extra)
+
+        in_specs = (replicated, specs, replicated, batch_specs(batch, mesh, axis_name))
+        run = shard_map(local_update, in_specs, (replicated, specs))
+        return run(updates, state, params, batch)
+
+    return optax.GradientTransformationExtraArgs(init, update)

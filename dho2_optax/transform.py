@@ -1,0 +1,621 @@
+"""The optimizers: `dho2`, its published one-device ancestor `fosi`, and `MultiSteps` for gradient accumulation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from dho2_optax import curvature as curvature_lib
+from dho2_optax import eigensolver, krylov, parallel, segments, vectors
+from dho2_optax.curvature import LossFn, Operator
+from dho2_optax.eigensolver import STATIC_HINT, Select, Spectrum
+from dho2_optax.subspace import Damping, base_scale, hybrid_step, rotate_state
+from dho2_optax.vectors import Vector
+
+ArrayLike = jax.typing.ArrayLike
+
+
+class DHO2State(NamedTuple):
+    """The state of `dho2` and `fosi`."""
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # shape=(), dtype=int32: updates made
+    spectrum: Spectrum  # the eigenpairs in use
+    subspace_state: optax.OptState  # of the optimizer of the k coordinates
+    base_state: optax.OptState  # of the base; on segments where the base runs on them
+    sigma: jax.Array  # shape=(): factor of the base's step at the last update
+    refreshes: jax.Array  # shape=(), dtype=int32: spectra installed
+    rejected: jax.Array  # shape=(), dtype=int32: spectra thrown away because a number was not finite
+    matvecs: jax.Array  # shape=(), dtype=int32: curvature products made so far
+    refreshed_at: jax.Array  # shape=(), dtype=int32: `count` at the last installed refresh
+
+
+class _Solver(NamedTuple):
+    """How eigenpairs are found."""
+
+    rank: int
+    num_smallest: int
+    order: int
+    select: Select
+    tolerance: ArrayLike
+    max_residual: ArrayLike
+    start: Callable[[Spectrum, jax.Array, Vector, str | None], Vector]  # see `_warm_start`
+
+    @property
+    def num_pairs(self) -> int:
+        return self.rank + self.num_smallest
+
+
+def dho2(
+    base: optax.GradientTransformation,
+    loss_fn: LossFn | None = None,
+    *,
+    rank: int = 8,
+    num_smallest: int = 0,
+    alpha: ArrayLike | optax.Schedule = 0.1,
+    subspace: optax.GradientTransformation | None = None,
+    refresh_interval: ArrayLike = 100,
+    warmup_steps: ArrayLike | None = None,
+    order: int | None = None,
+    tolerance: ArrayLike = 1e-2,
+    max_residual: ArrayLike = 0.1,
+    select: Select = "magnitude",
+    base_scale_limit: ArrayLike = 3.0,
+    floor: ArrayLike = 1e-3,
+    damping: ArrayLike = 0.0,
+    has_aux: bool = False,
+    curvature: Operator | None = None,
+    basis_dtype: Any = None,
+    axis_name: str | None = None,
+    mesh: Mesh | None = None,
+    average_gradients: bool = False,
+    base_on_segments: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Hybrid-order optimization: Newton in the steepest directions, `base` everywhere else.
+
+    Every `refresh_interval` updates a Lanczos process finds the `rank` extreme eigenpairs
+    :math:`(\lambda_i, v_i)` of the curvature operator, by default the Hessian of `loss_fn`. In their span the update is
+    a damped Newton step, in the orthogonal complement it is `base`'s:
+
+    .. math::
+        u = \sigma\, d - V^\top (\sigma V d + \alpha\, q / |\lambda|), \qquad
+        d = \text{base}(g - V^\top V g), \quad q = \text{subspace}(V g),
+
+    with the base scaled by :math:`\sigma = \text{clip}(|\lambda|_{\max}/|\lambda|_k, 1, \text{base\_scale\_limit})`.
+    Until the first refresh the update is `base`'s.
+
+    ``update`` takes, besides gradients, state and parameters:
+
+    * ``batch``: passed to `loss_fn` on refreshes. On several devices, the local shard of it inside ``shard_map`` and
+      ``pmap``, the global one with `mesh`.
+    * ``value_fn`` (or ``obj_fn``): ``params -> loss``, instead of `loss_fn` and ``batch``.
+    * ``allow_refresh``: a boolean scalar; a refresh that is due waits until it is true (see `MultiSteps`).
+    * ``full_params``: under ``optax.masked`` or ``optax.partition``, where this transformation sees some parameters
+      only: all of them, for `loss_fn`. Curvature is then that of the visible parameters.
+
+    Other keyword arguments go to `base`.
+
+    Args:
+      base: the first-order optimizer, with its learning rate. Must be element-wise where it runs on segments.
+      loss_fn: ``(params, batch) -> loss``, a scalar mean over samples; with `has_aux` ``(loss, aux)``.
+      rank: how many eigenpairs. Multiples of 8 fill the tiles of a TPU.
+      num_smallest: with ``select="algebraic"``, how many of the smallest eigenvalues besides.
+      alpha: step size in the subspace, 1 being a full Newton step; a number or a schedule of the update count.
+      subspace: optimizer of the ``rank`` coordinates, linear in the gradient: ``optax.trace(0.9)`` is heavy ball,
+        ``optax.ema(0.9, debias=False)`` averages as Adam does. When the subspace changes, its state is carried over
+        so that the Newton step it stands for stays the same. Default: ``optax.ema(0.9, debias=False)``.
+      refresh_interval: updates between refreshes.
+      warmup_steps: update ``t`` (from 0) is preceded by a refresh if ``t + 1 >= warmup_steps`` and ``t + 1 -
+        warmup_steps`` is a multiple of `refresh_interval`. Default: `refresh_interval`.
+      order: the largest number of curvature products in a refresh. Default: twice the number of eigenpairs.
+      tolerance: a refresh ends early once all residuals :math:`\|Hv - \lambda v\|` are below this part of
+        :math:`|\lambda|_{\max}`.
+      max_residual: pairs with a larger residual, in the same unit, are left to the base.
+      select: ``"magnitude"``, or ``"algebraic"`` for the largest eigenvalues by sign.
+      base_scale_limit: largest factor of the base's step; 1 leaves it alone.
+      floor: eigenvalues count as at least this part of the largest.
+      damping: added to the magnitude of the eigenvalues, in their unit.
+      has_aux: whether `loss_fn` returns a pair.
+      curvature: an operator ``(params, vector, batch) -> vector`` in place of `loss_fn`'s Hessian, from
+        :func:`dho2_optax.gauss_newton` or from :func:`dho2_optax.hessian` with options.
+      basis_dtype: dtype of eigenvectors and Krylov basis. Default: that of the parameters, at least float32.
+      axis_name: the data-parallel mesh axis over which eigenvectors, Krylov basis and the base's state are split.
+      mesh: makes `dho2` run on global arrays under ``jit``; without it, `axis_name` must be bound by the ``shard_map``
+        or ``pmap`` that calls ``init`` and ``update``.
+      average_gradients: the gradients given to ``update`` are those of the local batch; they are averaged here, by one
+        reduce-scatter, instead of before. Inside ``shard_map`` and ``pmap`` only.
+      base_on_segments: run `base` on segments, with 1/P of its state on each device. False for a base that needs whole
+        leaves (Muon, LAMB, Adafactor, clipping by norm ...): its state is then whole on every device, and an update
+        costs one more all-gather.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with a :class:`DHO2State`.
+
+    Raises:
+      ValueError: at construction for options out of range; in ``init`` for parameters that are not real floating-point
+        numbers; in ``update`` where parameters, batch or objective are missing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import dho2_optax as dho2
+      >>> loss_fn = lambda params, batch: jnp.mean(batch * params**2)
+      >>> tx = dho2.dho2(optax.sgd(0.1), loss_fn, rank=2, alpha=1.0, refresh_interval=5)
+      >>> params, batch = jnp.ones(4), jnp.asarray([4.0, 1.0, 0.1, 0.01])
+      >>> state = tx.init(params)
+      >>> for _ in range(20):
+      ...     grads = jax.grad(loss_fn)(params, batch)
+      ...     updates, state = tx.update(grads, state, params, batch=batch)
+      ...     params = optax.apply_updates(params, updates)
+      >>> int(dho2.metrics(state)["refreshes"])
+      4
+
+    References:
+      Gu et al., "Accelerating Deep Neural Network Training via Distributed Hybrid Order Optimization",
+      arXiv 2505.00982. Sivan et al., "FOSI: Hybrid First and Second Order Optimization", arXiv 2302.08484.
+    """
+    eigensolver.check_selection(rank, num_smallest, order, select)
+    subspace = optax.ema(0.9, debias=False) if subspace is None else subspace
+    _check_transformations(base=base, subspace=subspace)
+    _check_functions(loss_fn=loss_fn, curvature=curvature)
+    _check_numbers(
+        positive={"refresh_interval": refresh_interval, "warmup_steps": warmup_steps},
+        non_negative={
+            "alpha": alpha,
+            "tolerance": tolerance,
+            "max_residual": max_residual,
+            "floor": floor,
+            "damping": damping,
+            "base_scale_limit": base_scale_limit,
+        },
+    )
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise ValueError(f"`mesh` must be a jax.sharding.Mesh, got {mesh!r}. {STATIC_HINT}")
+    if mesh is not None and axis_name is None:
+        raise ValueError(f"`mesh` needs `axis_name`, one of {mesh.axis_names}, got None.")
+    if average_gradients and (axis_name is None or mesh is not None):
+        raise ValueError(
+            "`average_gradients` needs `axis_name` and no `mesh`: under jit gradients are averaged already."
+        )
+    if axis_name is not None and not isinstance(axis_name, str):
+        raise ValueError(f"`axis_name` must be the name of one mesh axis, got {axis_name!r}.")
+    if loss_fn is not None and curvature is not None:
+        raise ValueError("give `loss_fn` or `curvature`, not both.")
+
+    pairs = rank + num_smallest
+    solver = _Solver(
+        rank=rank,
+        num_smallest=num_smallest,
+        order=2 * pairs if order is None else order,
+        select=select,
+        tolerance=tolerance,
+        max_residual=max_residual,
+        start=_warm_start,
+    )
+    tx = _hybrid(
+        base,
+        solver,
+        loss_fn=loss_fn,
+        has_aux=has_aux,
+        curvature=curvature,
+        alpha=alpha,
+        subspace_tx=subspace,
+        refresh_interval=refresh_interval,
+        warmup_steps=refresh_interval if warmup_steps is None else warmup_steps,
+        scale_limit=base_scale_limit,
+        damping=Damping(floor, damping),
+        carry_newton_step=True,
+        basis_dtype=basis_dtype,
+        axis_name=axis_name,
+        average_gradients=average_gradients,
+        base_on_segments=base_on_segments,
+    )
+    return tx if mesh is None or axis_name is None else parallel.over_mesh(tx, mesh, axis_name)
+
+
+def fosi(
+    base: optax.GradientTransformation,
+    loss_fn: LossFn | None = None,
+    *,
+    rank: int = 10,
+    num_smallest: int = 0,
+    alpha: ArrayLike | optax.Schedule = 0.1,
+    subspace: optax.GradientTransformation | None = None,
+    refresh_interval: ArrayLike = 800,
+    warmup_steps: ArrayLike | None = None,
+    base_scale_limit: ArrayLike = 3.0,
+    has_aux: bool = False,
+    start: Vector | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""FOSI as published, on one device: the reference that `dho2` is compared with.
+
+    Takes the `rank` algebraically largest and `num_smallest` smallest eigenvalues from ``4 * (rank + num_smallest)``
+    Lanczos steps that start at a random vector, uses them without masks, floor or damping, and follows the
+    conventions of the authors' code: a refresh before update ``t`` (from 0) iff ``t + 1 >= warmup_steps`` and ``t + 1 -
+    warmup_steps`` is a multiple of `refresh_interval`; the base's factor :math:`\sigma` from the `rank` largest.
+
+    Args:
+      base: the first-order optimizer, with its learning rate.
+      loss_fn: ``(params, batch) -> loss``; with `has_aux` ``(loss, aux)``. ``update`` takes ``value_fn=`` without it.
+      rank: how many of the largest eigenvalues.
+      num_smallest: how many of the smallest.
+      alpha: step size in the subspace.
+      subspace: optimizer of the coordinates that mirrors the base's momentum: ``optax.trace(0.9)`` for heavy ball,
+        ``optax.ema(0.9, debias=False)`` for Adam. Default: none, for SGD.
+      refresh_interval: updates between refreshes.
+      warmup_steps: the update of the first refresh, counted from 1. Default: `refresh_interval`.
+      base_scale_limit: largest factor of the base's step; FOSI uses 3 for SGD and heavy ball, 1 for Adam.
+      has_aux: whether `loss_fn` returns a pair.
+      start: the start vector of every Lanczos run, shaped like the parameters. Default: a random one.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with a :class:`DHO2State`.
+
+    Raises:
+      ValueError: as :func:`dho2` does.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import dho2_optax as dho2
+      >>> tx = dho2.fosi(optax.sgd(0.01), lambda p, b: jnp.sum(b * p**2), rank=2, refresh_interval=50)
+      >>> state = tx.init(jnp.ones(3))
+
+    References:
+      Sivan et al., "FOSI: Hybrid First and Second Order Optimization", ICLR 2024, arXiv 2302.08484, algorithm 2.
+    """
+    eigensolver.check_selection(rank, num_smallest, None, "algebraic")
+    subspace = optax.identity() if subspace is None else subspace
+    _check_transformations(base=base, subspace=subspace)
+    _check_functions(loss_fn=loss_fn)
+    _check_numbers(
+        positive={"refresh_interval": refresh_interval, "warmup_steps": warmup_steps},
+        non_negative={"alpha": alpha, "base_scale_limit": base_scale_limit},
+    )
+
+    def start_at(old: Spectrum, seed: jax.Array, params: Vector, axis_name: str | None) -> Vector:
+        del old, seed
+        random = krylov.random_vector(jnp.uint32(0), params, axis_name)
+        return random if start is None else vectors.cast_like(start, random)
+
+    solver = _Solver(
+        rank=rank,
+        num_smallest=num_smallest,
+        order=4 * (rank + num_smallest),
+        select="algebraic",
+        tolerance=0.0,
+        max_residual=jnp.inf,
+        start=start_at,
+    )
+    return _hybrid(
+        base,
+        solver,
+        loss_fn=loss_fn,
+        has_aux=has_aux,
+        curvature=None,
+        alpha=alpha,
+        subspace_tx=subspace,
+        refresh_interval=refresh_interval,
+        warmup_steps=refresh_interval if warmup_steps is None else warmup_steps,
+        scale_limit=base_scale_limit,
+        damping=Damping(0.0, 0.0),
+        carry_newton_step=False,
+        basis_dtype=None,
+        axis_name=None,
+        average_gradients=False,
+        base_on_segments=True,
+    )
+
+
+class MultiSteps(optax.MultiSteps):
+    """``optax.MultiSteps`` that lets `dho2` refresh its curvature on real updates only.
+
+    ``optax.MultiSteps`` runs the inner update on every mini-step and throws most results away, Lanczos runs included.
+    This one tells the inner transformation which mini-step is the last, through ``allow_refresh``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import dho2_optax as dho2
+      >>> tx = dho2.MultiSteps(dho2.dho2(optax.sgd(0.1), lambda p, b: jnp.sum(p**2)), every_k_schedule=4)
+      >>> state = tx.init(jnp.ones(3))
+    """
+
+    def __init__(
+        self,
+        opt: optax.GradientTransformation,
+        every_k_schedule: int | Callable[[ArrayLike], ArrayLike],
+        **kwargs: Any,
+    ) -> None:
+        """Takes the arguments of ``optax.MultiSteps``."""
+        super().__init__(opt, every_k_schedule, **kwargs)
+        self._mini_steps = every_k_schedule
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        """As ``optax.MultiSteps.update``."""
+        every_k = self._mini_steps
+        num_mini_steps = every_k(state.gradient_step) if callable(every_k) else every_k
+        is_last = state.mini_step == num_mini_steps - 1
+        return super().update(updates, state, params, allow_refresh=is_last, **extra_args)
+
+    def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
+        """This, as a transformation that ``optax.chain`` hands keyword arguments to; optax's own drops them there."""
+        return optax.GradientTransformationExtraArgs(self.init, self.update)
+
+
+def metrics(state: Any) -> dict[str, jax.Array]:
+    """Scalars about the curvature in use, for logging.
+
+    Args:
+      state: the state of an optimizer that contains one `dho2` or `fosi`.
+
+    Returns:
+      A dict of scalars: ``refreshes``, ``rejected_refreshes``, ``matvecs`` (all so far), ``age`` (updates since the
+      last refresh), ``active_pairs``, ``base_scale``, ``eigenvalue_max``, ``eigenvalue_min`` (extremes of the active
+      pairs), ``residual_max`` (largest of all pairs), and ``eigenvalue_<i>``, ``residual_<i>`` of every pair.
+
+    Raises:
+      ValueError: if `state` does not hold exactly one such optimizer.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import dho2_optax as dho2
+      >>> state = optax.chain(optax.clip(1.0), dho2.dho2(optax.sgd(0.1), rank=2)).init(jnp.ones(3))
+      >>> int(metrics(state)["refreshes"]), "eigenvalue_1" in metrics(state)
+      (0, True)
+    """
+    found = _find_state(state)
+    pairs = found.spectrum
+    active = jnp.where(pairs.mask, pairs.eigenvalues, 0)
+    result = {
+        "refreshes": found.refreshes,
+        "rejected_refreshes": found.rejected,
+        "matvecs": found.matvecs,
+        "age": found.count - found.refreshed_at,
+        "active_pairs": jnp.sum(pairs.mask),
+        "base_scale": found.sigma,
+        "eigenvalue_max": jnp.max(active),
+        "eigenvalue_min": jnp.min(active),
+        "residual_max": jnp.max(pairs.residuals),
+    }
+    for i in range(pairs.eigenvalues.shape[-1]):
+        result[f"eigenvalue_{i}"] = pairs.eigenvalues[..., i]
+        result[f"residual_{i}"] = pairs.residuals[..., i]
+    return result
+
+
+def get_spectrum(state: Any) -> Spectrum:
+    """The :class:`Spectrum` in use: eigenvalues, eigenvectors, residuals, mask.
+
+    Args:
+      state: the state of an optimizer that contains one `dho2` or `fosi`.
+
+    Returns:
+      The spectrum. Eigenvectors are in segment form if the optimizer names a mesh axis.
+
+    Raises:
+      ValueError: if `state` does not hold exactly one such optimizer.
+    """
+    return _find_state(state).spectrum
+
+
+def _find_state(state: Any) -> DHO2State:
+    is_ours = lambda x: isinstance(x, DHO2State)  # noqa: E731
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    if len(found) != 1:
+        raise ValueError(f"`state` must hold one dho2 or fosi state, got {len(found)}.")
+    return found[0]
+
+
+def _warm_start(old: Spectrum, seed: jax.Array, params: Vector, axis_name: str | None) -> Vector:
+    """The start of a Lanczos run: the old eigenvectors and noise, in segment form."""
+    return eigensolver.warm_start(old, krylov.random_vector(seed, params, axis_name))
+
+
+def _check_transformations(**transformations: Any) -> None:
+    for name, tx in transformations.items():
+        if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+            raise ValueError(f"`{name}` must be an optax.GradientTransformation, got {tx!r}.")
+
+
+def _check_functions(**functions: Any) -> None:
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise ValueError(f"`{name}` must be callable, got {function!r}. {STATIC_HINT}")
+
+
+def _check_numbers(positive: dict[str, Any], non_negative: dict[str, Any]) -> None:
+    """Checks Python numbers; traced values, schedules and None pass."""
+    for name, value in {**positive, **non_negative}.items():
+        if not isinstance(value, int | float):
+            continue
+        if not value >= 0 or (name in positive and value == 0):
+            least = "positive" if name in positive else "non-negative"
+            raise ValueError(f"`{name}` must be {least}, got {value!r}.")
+
+
+def _check_params(params: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"`params` must hold real floating-point numbers, got {leaf.dtype} at "
+                f"{jax.tree_util.keystr(path)}; leave such leaves out with optax.masked."
+            )
+
+
+def _is_masked_node(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _merge(params: Any, full_params: Any) -> Any:
+    """`params` with the leaves that ``optax.masked`` hides taken from `full_params`."""
+    if full_params is None:
+        return params
+    pick = lambda p, full: full if _is_masked_node(p) else p  # noqa: E731
+    return jax.tree.map(pick, params, full_params, is_leaf=_is_masked_node)
+
+
+def _hybrid(
+    base: optax.GradientTransformation,
+    solver: _Solver,
+    *,
+    loss_fn: LossFn | None,
+    has_aux: bool,
+    curvature: Operator | None,
+    alpha: ArrayLike | optax.Schedule,
+    subspace_tx: optax.GradientTransformation,
+    refresh_interval: ArrayLike,
+    warmup_steps: ArrayLike,
+    scale_limit: ArrayLike,
+    damping: Damping,
+    carry_newton_step: bool,
+    basis_dtype: Any,
+    axis_name: str | None,
+    average_gradients: bool,
+    base_on_segments: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation behind `dho2` and `fosi`, for one device of `axis_name`."""
+    base = optax.with_extra_args_support(base)
+    segmented_base = base_on_segments and axis_name is not None
+
+    def init(params: Any) -> DHO2State:
+        _check_params(params)
+        like = segments.split(params, axis_name)
+        pairs = eigensolver.zero_spectrum(solver.num_pairs, like, basis_dtype)
+        zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
+        return DHO2State(
+            count=zero(),
+            spectrum=pairs,
+            subspace_state=subspace_tx.init(pairs.eigenvalues),
+            base_state=base.init(like if segmented_base else params),
+            sigma=jnp.ones_like(pairs.eigenvalues, shape=()),
+            refreshes=zero(),
+            rejected=zero(),
+            matvecs=zero(),
+            refreshed_at=zero(),
+        )
+
+    def operator_for(params: Any, batch: Any, value_fn: Any, full_params: Any) -> tuple[Operator, Any]:
+        """The curvature operator of this update and what it takes for a batch."""
+        hidden = any(map(_is_masked_node, jax.tree.leaves(params, is_leaf=_is_masked_node)))
+        if hidden and full_params is None:
+            raise ValueError(
+                "`params` has leaves hidden by optax.masked or optax.partition; give all parameters to update as "
+                "`full_params=`."
+            )
+        if curvature is not None:
+            if hidden:
+                raise ValueError("`curvature` operators do not see parameters hidden by optax.masked.")
+            return curvature, batch
+        if loss_fn is not None:
+            if batch is None:
+                raise ValueError("`update` needs `batch=`, which `loss_fn` is called with, got None.")
+            loss = loss_fn
+            merged = lambda p, b: loss(_merge(p, full_params), b)  # noqa: E731
+            return curvature_lib.hessian(merged, has_aux=has_aux), batch
+        if value_fn is None:
+            raise ValueError("`update` needs `value_fn=` (or `obj_fn=`): no `loss_fn` was given at construction.")
+        objective = value_fn
+        merged = lambda p, b: objective(_merge(p, full_params))  # noqa: E731
+        return curvature_lib.hessian(merged, has_aux=has_aux), ()
+
+    def refresh(state: DHO2State, params: Any, operator: Operator, batch: Any) -> DHO2State:
+        """Runs Lanczos at `params` and installs what it finds, unless a number is not finite."""
+        old = state.spectrum
+        seed = state.count.astype(jnp.uint32) * jnp.uint32(solver.order + 1)
+        first = solver.start(old, seed, params, axis_name)
+        process = krylov.run(
+            curvature_lib.segmented_matvec(operator, params, batch, axis_name),
+            krylov.start(first, solver.order, seed=seed, axis_name=axis_name, dtype=basis_dtype),
+            params,
+            is_done=eigensolver.converged(solver.rank, solver.num_smallest, solver.select, solver.tolerance),
+            min_matvecs=solver.num_pairs + 1,
+            axis_name=axis_name,
+        )
+        new = eigensolver.publish(
+            process, solver.rank, solver.num_smallest, solver.select, solver.max_residual, drop_null=True
+        )
+        carried = damping if carry_newton_step else None
+        rotated = rotate_state(state.subspace_state, old, new, axis_name, carried)
+
+        # Selected element by element, once everything that reads the old eigenvectors is done: then the compiler
+        # writes over them, where two branches would cost a copy of them at every update.
+        numbers = (process.projected, process.beta, rotated)
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(numbers)]))
+        chosen, subspace_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (new, rotated), (old, state.subspace_state)
+        )
+        installed = finite.astype(jnp.int32)
+        return state._replace(
+            spectrum=chosen,
+            subspace_state=subspace_state,
+            refreshes=state.refreshes + installed,
+            rejected=state.rejected + 1 - installed,
+            matvecs=state.matvecs + process.count,
+            refreshed_at=jnp.where(finite, state.count, state.refreshed_at),
+        )
+
+    def base_step(params: Any, state: DHO2State, extra: dict[str, Any]) -> Callable[[Vector], Any]:
+        """`base`'s update of a gradient in segment form, on segments or on whole leaves."""
+
+        def on_segments(gradient: Vector) -> tuple[Vector, Any]:
+            local = segments.split(params, axis_name)
+            return base.update(gradient, state.base_state, local, **extra)
+
+        def on_whole_leaves(gradient: Vector) -> tuple[Vector, Any]:
+            whole = segments.gather(gradient, params, axis_name)
+            updates, base_state = base.update(whole, state.base_state, params, **extra)
+            return segments.split(updates, axis_name), base_state
+
+        return on_segments if segmented_base else on_whole_leaves
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        batch: Any = None,
+        value_fn: Callable[[Any], Any] | None = None,
+        obj_fn: Callable[[Any], Any] | None = None,
+        allow_refresh: ArrayLike = True,
+        full_params: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, DHO2State]:
+        if params is None:
+            raise ValueError("`update` needs `params`, got None.")
+        if not jax.tree.leaves(params):  # all of them masked, say
+            return updates, state._replace(count=optax.safe_increment(state.count))
+        value_fn = obj_fn if value_fn is None else value_fn
+        operator, operand = operator_for(params, batch, value_fn, full_params)
+
+        # The big buffers are refreshed before anything reads them: with donation nothing is copied.
+        since_warmup = state.count + 1 - warmup_steps
+        due = (since_warmup >= 0) & (since_warmup % refresh_interval == 0) & allow_refresh
+        state = jax.lax.cond(due, lambda s: refresh(s, params, operator, operand), lambda s: s, state)
+
+        if average_gradients:
+            gradient = segments.reduce_scatter_mean(updates, axis_name)
+        else:
+            gradient = segments.split(updates, axis_name)
+        if value_fn is not None:
+            extra["value_fn"] = value_fn
+        sigma = base_scale(state.spectrum, solver.num_smallest, scale_limit)
+        steps, subspace_state, base_state = hybrid_step(
+            gradient,
+            state.spectrum,
+            subspace_tx,
+            state.subspace_state,
+            base_step(params, state, extra),
+            alpha=alpha(state.count) if callable(alpha) else alpha,
+            sigma=sigma,
+            damping=damping,
+            axis_name=axis_name,
+        )
+        state = state._replace(
+            count=optax.safe_increment(state.count),
+            subspace_state=subspace_state,
+            base_state=base_state,
+            sigma=sigma,
+        )
+        return segments.gather(steps, updates, axis_name), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,172 @@
+"""What a compiled step communicates and holds on each device, read off the compiler's output."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import dho2_optax as dho2
+from dho2_optax import plan
+from tests.multidevice import situations
+
+RANK = 8
+SIZES = (300, 100, 10)
+NUM_PARAMS = 300 * 100 + 100 + 100 * 10 + 10
+SMALL = 1024  # numbers; every leaf that matters is larger, every inner product smaller
+
+
+def _loss_fn(params, batch):
+    inputs, labels = batch
+    hidden = jnp.tanh(inputs @ params["w1"] + params["b1"])
+    logits = hidden @ params["w2"] + params["b2"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def _params():
+    d, h, o = SIZES
+    zeros = {"w1": (d, h), "b1": (h,), "w2": (h, o), "b2": (o,)}
+    return {name: jnp.zeros(shape) for name, shape in zeros.items()}
+
+
+def _batch(size=64):
+    return jnp.zeros((size, SIZES[0])), jnp.zeros(size, jnp.int32)
+
+
+@functools.cache
+def _on_mesh(num_devices, order=16, base_on_segments=True):
+    """A donated step with `mesh=`, compiled; and its abstract state."""
+    mesh = situations.data_mesh(num_devices)
+    tx = dho2.dho2(
+        optax.adam(1e-3),
+        _loss_fn,
+        rank=RANK,
+        order=order,
+        mesh=mesh,
+        axis_name="data",
+        base_on_segments=base_on_segments,
+    )
+
+    def step(params, state, batch):
+        grads = jax.grad(_loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.device_put(_params(), NamedSharding(mesh, P()))
+    batch = jax.device_put(_batch(), NamedSharding(mesh, P("data")))
+    state = tx.init(params)
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile(), state
+
+
+@functools.cache
+def _in_shard_map(average_gradients):
+    mesh = situations.data_mesh(8)
+    tx = dho2.dho2(optax.adam(1e-3), _loss_fn, rank=RANK, axis_name="data", average_gradients=average_gradients)
+    specs = dho2.state_specs(tx.init, _params(), "data")
+
+    def local(params, state, batch):
+        grads = jax.grad(_loss_fn)(params, batch)
+        if not average_gradients:
+            grads = jax.lax.pmean(grads, "data")
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.shard_map(local, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=(P(), specs), check_vma=False)
+    state = jax.eval_shape(jax.shard_map(tx.init, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False), _params())
+    return jax.jit(step).lower(_params(), state, _batch()).compile()
+
+
+def _large(compiled):
+    """Collectives on more than `SMALL` numbers, as (operation, in the refresh or not)."""
+    operations = plan.collectives(compiled)
+    # A refresh is a branch of the step; its matvecs are a loop in that branch.
+    return sorted(
+        (found.op, "matvec" if found.in_loop else "refresh" if found.in_branch else "step")
+        for found in operations
+        if sum(np.prod(array.shape) for array in found.arrays) > SMALL
+    )
+
+
+def test_a_step_reduces_and_gathers_once():
+    assert _large(_in_shard_map(average_gradients=True)) == [
+        ("all-gather", "matvec"),
+        ("all-gather", "step"),
+        ("reduce-scatter", "matvec"),
+        ("reduce-scatter", "step"),
+    ]
+
+
+def test_averaged_gradients_are_sliced():
+    """The user's own all-reduce, and nothing more than a slice of it by us."""
+    expected = [
+        ("all-gather", "matvec"),
+        ("all-gather", "step"),
+        ("all-reduce", "step"),
+        ("reduce-scatter", "matvec"),
+    ]
+    assert _large(_in_shard_map(average_gradients=False)) == expected
+    assert _large(_on_mesh(8)[0]) == expected
+
+
+def test_a_whole_leaf_base_costs_one_more_all_gather():
+    compiled, _ = _on_mesh(8, base_on_segments=False)
+    extra = [("all-gather", "step")]
+    assert _large(compiled) == sorted(_large(_on_mesh(8)[0]) + extra)
+
+
+def test_inner_products_are_a_few_numbers():
+    small = [
+        found
+        for found in plan.collectives(_in_shard_map(average_gradients=True))
+        if sum(np.prod(array.shape) for array in found.arrays) <= SMALL
+    ]
+    assert {found.op for found in small} == {"all-reduce"}
+    in_step = [found for found in small if not found.in_branch and not found.in_loop]
+    assert [array.shape for found in in_step for array in found.arrays] == [(RANK,), (RANK,)]
+    assert all(found.bytes <= 4 * RANK * RANK for found in small)
+
+
+def _shard_shape(x, sharding):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def test_eigenvectors_and_base_state_fall_with_the_number_of_devices():
+    bytes_of = {}
+    for num_devices in (1, 8):
+        compiled, state = _on_mesh(num_devices)
+        # The shardings are those of the compiled program's outputs.
+        shapes = jax.tree.map(_shard_shape, state, compiled.output_shardings[1])
+        bytes_of[num_devices] = [
+            plan.tree_bytes_per_device(part) for part in (shapes.spectrum.eigenvectors, shapes.base_state)
+        ]
+    for one, eight in zip(bytes_of[1], bytes_of[8], strict=True):
+        assert one >= 4 * NUM_PARAMS
+        assert eight <= one / 7.5
+
+
+def test_krylov_basis_falls_with_the_number_of_devices():
+    """Temporaries of one more basis vector, from the difference of two orders."""
+    rows = 64
+
+    def bytes_per_row(num_devices):
+        small, large = (plan.memory(_on_mesh(num_devices, order)[0]).temp for order in (64, 64 + rows))
+        return (large - small) / rows
+
+    one, eight = bytes_per_row(1), bytes_per_row(8)
+    assert one >= 4 * NUM_PARAMS
+    assert eight <= one / 7.5
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_a_donated_state_is_updated_in_place(num_devices):
+    compiled, _ = _on_mesh(num_devices)
+    needed = plan.memory(compiled)
+    stack = 4 * RANK * NUM_PARAMS / num_devices
+    assert needed.alias >= stack
+    # Krylov basis of 16 rows, Ritz vectors of 8, and some vectors; a copy of the state would be 8 rows more.
+    vectors_kept = 12 * 4 * NUM_PARAMS
+    assert needed.temp <= (16 + RANK) * 4 * NUM_PARAMS / num_devices * 1.1 + vectors_kept

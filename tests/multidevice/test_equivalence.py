@@ -1,0 +1,137 @@
+"""One device and many, under jit, shard_map and pmap: the same parameters."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import dho2_optax as dho2
+from tests.multidevice import problems, situations
+
+NUM_STEPS = 50
+PROBLEMS = {"mlp": problems.mlp, "cnn": problems.cnn}
+
+SITUATIONS = {
+    "jit with mesh": lambda p, n: situations.on_mesh(p, NUM_STEPS, situations.data_mesh(n)),
+    "jit with Explicit mesh": lambda p, n: situations.on_mesh(p, NUM_STEPS, situations.data_mesh(n, explicit=True)),
+    "shard_map": lambda p, n: situations.in_shard_map(p, NUM_STEPS, n, check_vma=True),
+    "shard_map unchecked": lambda p, n: situations.in_shard_map(p, NUM_STEPS, n, check_vma=False),
+    "pmap": lambda p, n: situations.in_pmap(p, NUM_STEPS, n),
+}
+
+
+@functools.cache
+def reference(problem: str):
+    return situations.one_device(PROBLEMS[problem](), NUM_STEPS)
+
+
+def assert_same_params(params, expected, tolerance=1e-5):
+    for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_reference_learns_and_refreshes(problem):
+    params, state = reference(problem)
+    start = PROBLEMS[problem]()
+    assert start.loss_fn(params, start.batch) < 0.5 * start.loss_fn(start.params, start.batch)
+    metrics = dho2.metrics(state)
+    assert metrics["refreshes"] == 6
+    assert metrics["rejected_refreshes"] == 0
+    assert metrics["active_pairs"] >= 3
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.slow
+def test_same_parameters_as_one_device(problem, situation, num_devices):
+    params, state = SITUATIONS[situation](PROBLEMS[problem](), num_devices)
+    assert_same_params(params, reference(problem)[0])
+    assert np.asarray(dho2.spectrum(state).mask).any()
+
+
+def test_same_parameters_on_eight_devices_of_a_mesh():
+    params, _ = SITUATIONS["jit with mesh"](problems.mlp(), 8)
+    assert_same_params(params, reference("mlp")[0])
+
+
+@pytest.mark.parametrize("situation", ["shard_map", "pmap"])
+def test_gradients_averaged_by_the_optimizer(situation):
+    run = {
+        "shard_map": lambda p: situations.in_shard_map(p, NUM_STEPS, 4, check_vma=True, average_gradients=True),
+        "pmap": lambda p: situations.in_pmap(p, NUM_STEPS, 4, average_gradients=True),
+    }[situation]
+    params, _ = run(problems.mlp())
+    assert_same_params(params, reference("mlp")[0])
+
+
+def test_base_that_needs_whole_leaves():
+    """Clipping by the norm of each leaf is not element-wise: right on whole leaves, wrong on segments."""
+    whole_leaf_base = optax.chain(optax.clip_by_block_rms(0.01), optax.sgd(0.5))
+    problem = problems.mlp()._replace(base=whole_leaf_base)
+    expected, _ = situations.one_device(problem, 20)
+    run = functools.partial(situations.on_mesh, problem, 20, situations.data_mesh(4))
+    params, _ = run(base_on_segments=False)
+    assert_same_params(params, expected)
+    wrong, _ = run(base_on_segments=True)
+    largest = max(
+        float(abs(a - b).max(initial=0))
+        for a, b in zip(
+            map(np.asarray, jax.tree.leaves(wrong)), map(np.asarray, jax.tree.leaves(expected)), strict=True
+        )
+    )
+    assert largest > 1e-4
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_mesh_with_a_second_axis(explicit):
+    devices = jax.devices()
+    mesh = (
+        jax.make_mesh((4, 2), ("data", "model"))
+        if explicit
+        else Mesh(np.array(devices).reshape(4, 2), ("data", "model"))
+    )
+    params, state = situations.on_mesh(problems.mlp(), NUM_STEPS, mesh)
+    assert_same_params(params, reference("mlp")[0])
+    kernel = dho2.spectrum(state).eigenvectors["in"]["kernel"]
+    assert kernel.sharding.spec == P(None, "data")
+
+
+@pytest.mark.parametrize("with_mesh_option", [False, True])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_parameters_sharded_by_the_user(explicit, with_mesh_option):
+    """Tensor-parallel kernels: eigenvectors keep their sharding, or with `mesh=` go to segments of our axis."""
+    mesh = (
+        jax.make_mesh((4, 2), ("data", "model"))
+        if explicit
+        else Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+    )
+    plain = problems.mlp()
+    shapes = {"in": {"kernel": P("model", None), "bias": P()}, "out": {"kernel": P()}, "scale": P(), "unused": P()}
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), shapes)
+
+    def loss_fn(params, batch):
+        if explicit:
+            params = jax.tree.map(
+                lambda x: jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, P())), params
+            )
+        return plain.loss_fn(params, batch)
+
+    # An Explicit batch axis would need out_sharding annotations throughout the loss.
+    batch_spec = P() if explicit else P("data")
+    batch = jax.device_put(plain.batch, NamedSharding(mesh, batch_spec))
+    params = jax.device_put(plain.params, shardings)
+    problem = plain._replace(loss_fn=loss_fn)
+    extra = {"mesh": mesh, "axis_name": "data"} if with_mesh_option else {}
+    tx = dho2.dho2(problem.base, loss_fn, **situations.OPTIONS, **extra)
+    state = tx.init(params)
+    params, state = situations.train(situations.jit_step(problem, tx), params, state, batch, NUM_STEPS)
+    assert_same_params(params, reference("mlp")[0])
+    kernel = dho2.spectrum(state).eigenvectors["in"]["kernel"]
+    expected = P(None, "data") if with_mesh_option else P(None, "model")
+    assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, expected), kernel.ndim)

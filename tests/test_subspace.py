@@ -1,0 +1,329 @@
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dho2_optax import subspace
+from dho2_optax.eigensolver import Spectrum
+from dho2_optax.subspace import Damping
+from tests.helpers import AXIS, flat, on_devices, unflatten
+
+_LIKE = {"a": np.zeros((3, 4), np.float32), "b": np.zeros(7, np.float32), "c": np.float32(0)}
+_N = 20
+_EIGENVALUES = np.float32([8.0, -5.0, 3.0, 2.0])
+_MASK = np.array([True, True, False, True])
+_DAMPING = Damping(0.4, 0.1)
+_LEARNING_RATE = 0.1
+
+
+def _rows(mask=_MASK, seed=0):
+    """Orthonormal rows, zero where they are masked out."""
+    rotation, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(_N, len(mask))))
+    return (rotation.T * mask[:, None]).astype(np.float32)
+
+
+def _spectrum(rows, eigenvalues=_EIGENVALUES, mask=_MASK):
+    eigenvectors = jax.vmap(partial(unflatten, like=_LIKE))(rows)
+    return Spectrum(eigenvalues, eigenvectors, np.zeros_like(eigenvalues), mask)
+
+
+def _gradient(seed):
+    return np.random.default_rng(seed).normal(size=_N).astype(np.float32)
+
+
+def _numbers(eigenvalues, mask=None):
+    """A spectrum of which only the numbers matter."""
+    eigenvalues = np.asarray(eigenvalues, np.float32)
+    mask = np.ones(eigenvalues.shape, bool) if mask is None else np.asarray(mask)
+    return Spectrum(eigenvalues, np.zeros((len(mask), 1), np.float32), eigenvalues, mask)
+
+
+@partial(jax.jit, static_argnames=("base", "subspace_tx", "axis_name"))
+def _step(
+    gradient,
+    spectrum,
+    subspace_state,
+    base_state,
+    alpha=0.3,
+    sigma=2.0,
+    base=optax.sgd(_LEARNING_RATE),  # noqa: B008
+    subspace_tx=optax.trace(0.9),  # noqa: B008
+    axis_name=None,
+):
+    return subspace.hybrid_step(
+        gradient,
+        spectrum,
+        subspace_tx,
+        subspace_state,
+        lambda g: base.update(g, base_state),
+        alpha=alpha,
+        sigma=jnp.float32(sigma),
+        damping=_DAMPING,
+        axis_name=axis_name,
+    )
+
+
+def _start():
+    """States of the subspace's momentum and of SGD, and the spectrum of the tests."""
+    zeros = np.zeros(len(_MASK), np.float32)
+    return optax.trace(0.9).init(zeros), optax.sgd(_LEARNING_RATE).init(_LIKE)
+
+
+class _Dense:
+    """The update rule in float64 on flat vectors, with SGD as base and momentum in the subspace."""
+
+    def __init__(self, rows):
+        self.rows = rows.astype(np.float64)
+        self.momentum = np.zeros(len(rows))
+
+    def __call__(self, gradient, alpha=0.3, sigma=2.0):
+        v, g = self.rows, gradient.astype(np.float64)
+        magnitude = np.abs(_EIGENVALUES.astype(np.float64))
+        inverse = _MASK / (np.maximum(magnitude, 0.4 * 8.0) + 0.1)
+        coordinates = v @ g
+        self.momentum = coordinates + 0.9 * self.momentum
+        d = -_LEARNING_RATE * (g - v.T @ coordinates)
+        inside = v @ d
+        return sigma * d - v.T @ (sigma * inside + alpha * inverse * self.momentum)
+
+
+def test_updates_equal_the_dense_formula():
+    rows = _rows()
+    dense, spectrum, (subspace_state, base_state) = _Dense(rows), _spectrum(rows), _start()
+    for t in range(3):
+        gradient = _gradient(t)
+        update, subspace_state, base_state = _step(unflatten(gradient, _LIKE), spectrum, subspace_state, base_state)
+        np.testing.assert_allclose(flat(update), dense(gradient), atol=1e-6)
+    np.testing.assert_allclose(subspace_state.trace, dense.momentum, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"alpha": 1.0}, {"sigma": 1.0}])
+def test_alpha_and_sigma_are_those_of_the_dense_formula(options):
+    rows, gradient = _rows(), _gradient(0)
+    update, *_ = _step(unflatten(gradient, _LIKE), _spectrum(rows), *_start(), **options)
+    np.testing.assert_allclose(flat(update), _Dense(rows)(gradient, **options), atol=1e-6)
+    assert np.max(np.abs(flat(update) - _Dense(rows)(gradient))) > 1e-2
+
+
+def test_a_base_that_leaves_the_complement_is_projected_back():
+    # Adam's update of a gradient in the complement has a part in the subspace, which is taken out.
+    base = optax.adam(_LEARNING_RATE)
+    rows, gradient = _rows(), _gradient(0)
+    state = _start()[0], base.init(_LIKE)
+    update, _, base_state = _step(unflatten(gradient, _LIKE), _spectrum(rows), *state, alpha=0.0, base=base)
+    v = rows.astype(np.float64)
+    complement = gradient - v.T @ (v @ gradient)
+    direction = -_LEARNING_RATE * np.sign(complement)  # Adam's first step
+    expected = 2 * (direction - v.T @ (v @ direction))
+    np.testing.assert_allclose(flat(update), expected, atol=1e-5)
+    np.testing.assert_allclose(rows @ flat(update), 0, atol=1e-6)
+    np.testing.assert_allclose(flat(base_state[0].mu), 0.1 * complement, atol=1e-6)
+
+
+def test_with_all_pairs_masked_the_update_is_the_scaled_base():
+    mask, gradient = np.zeros(4, bool), _gradient(0)
+    spectrum = _spectrum(_rows(mask), mask=mask)
+    update, *_ = _step(unflatten(gradient, _LIKE), spectrum, *_start())
+    np.testing.assert_allclose(flat(update), -2 * _LEARNING_RATE * gradient, rtol=1e-6)
+
+
+def test_updates_keep_the_dtypes_of_the_base():
+    base = optax.sgd(_LEARNING_RATE)
+    gradient = unflatten(_gradient(0), _LIKE)
+    short = {**gradient, "a": gradient["a"].astype(jnp.bfloat16)}
+    spectrum = _spectrum(_rows())
+    update, *_ = _step(short, spectrum, _start()[0], base.init(short), base=base)
+    assert {k: x.dtype for k, x in update.items()} == {
+        "a": jnp.bfloat16,
+        "b": jnp.float32,
+        "c": jnp.float32,
+    }
+    np.testing.assert_allclose(flat(update), _Dense(_rows())(_gradient(0)), atol=2e-2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_stays_out_of_the_subspace(bad):
+    rows, spectrum = _rows(), _spectrum(_rows())
+    gradient = _gradient(0)
+    _, subspace_state, base_state = _step(unflatten(gradient, _LIKE), spectrum, *_start())
+    gradient[5] = bad
+    update, after, _ = _step(unflatten(gradient, _LIKE), spectrum, subspace_state, base_state)
+    np.testing.assert_array_equal(after.trace, subspace_state.trace)
+    assert np.any(np.asarray(after.trace))
+    # What is left is the base's own update, with the bad number where it was.
+    update = flat(update)
+    assert not np.isfinite(update[5])
+    others = np.arange(_N) != 5
+    np.testing.assert_allclose(update[others], -2 * _LEARNING_RATE * gradient[others], rtol=1e-6)
+    following = _step(unflatten(_gradient(1), _LIKE), spectrum, after, base_state)[0]
+    dense = _Dense(rows)
+    dense(_gradient(0))
+    np.testing.assert_allclose(flat(following), dense(_gradient(1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["shard_map", "shard_map without vma", "vmap"])
+def test_over_an_axis_the_update_is_that_of_the_whole_vector(how):
+    num_devices = 4
+    rows, gradient = _rows(), _gradient(0)
+    local_rows = np.moveaxis(rows.reshape(4, num_devices, -1), 1, 0)
+    base = optax.sgd(_LEARNING_RATE)
+
+    def program(numbers, local):
+        eigenvalues, mask, momentum = numbers
+        local_gradient, eigenvectors = local
+        spectrum = Spectrum(eigenvalues, eigenvectors, eigenvalues, mask)
+        state = optax.TraceState(trace=momentum)
+        options = {"base": base, "axis_name": AXIS}
+        update, _, _ = _step(local_gradient, spectrum, state, base.init(gradient), **options)
+        return update
+
+    numbers = _EIGENVALUES, _MASK, np.zeros(4, np.float32)
+    local = gradient.reshape(num_devices, -1), local_rows
+    update = on_devices(program, num_devices, how)(numbers, local)
+    np.testing.assert_allclose(np.ravel(update), _Dense(rows)(gradient), atol=1e-6)
+
+
+def _uses(hlo, shape):
+    """The opcodes of all instructions of the main computation that read a parameter of this shape."""
+    main = re.search(r"^ENTRY .*?^}", hlo, re.MULTILINE | re.DOTALL).group()
+    instructions = re.findall(r"%([\w.-]+) = (\S+) ([\w-]+)\((.*)", main)
+    names, opcodes = set(), []
+    for name, kind, opcode, rest in instructions:
+        operands = set(re.findall(r"%([\w.-]+)", rest))
+        if opcode == "parameter" and kind.startswith(shape):
+            names.add(name)
+        elif operands & names and opcode in ("bitcast", "copy"):
+            names.add(name)
+            opcodes += ["copy"] if opcode == "copy" else []
+        elif operands & names:
+            opcodes.append(opcode)
+    return opcodes
+
+
+def test_an_update_makes_four_passes_over_the_eigenvectors():
+    like = {"a": jax.ShapeDtypeStruct((30, 40), jnp.float32), "b": jax.ShapeDtypeStruct((500,), jnp.float32)}
+    k = 7
+    row = jax.ShapeDtypeStruct((k,), jnp.float32)
+    stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((k, *x.shape), x.dtype), like)
+    spectrum = Spectrum(row, stack, row, jax.ShapeDtypeStruct((k,), jnp.bool))
+    base = optax.adam(_LEARNING_RATE)
+    states = jax.eval_shape(optax.trace(0.9).init, row), jax.eval_shape(base.init, like)
+    compiled = _step.lower(like, spectrum, *states, base=base).compile()
+    for shape in ("f32[7,30,40]", "f32[7,500]"):
+        assert _uses(compiled.as_text(), shape) == ["dot"] * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 7 * 500
+
+
+@pytest.mark.parametrize(
+    ("eigenvalues", "mask", "floor", "damping", "magnitudes"),
+    [
+        ([4.0, -2.0, 1.0], None, 0.0, 0.0, [4, 2, 1]),
+        ([4.0, -2.0, 1.0], None, 0.4, 0.0, [4, 2, 1.6]),
+        ([4.0, -2.0, 1.0], None, 0.0, 0.5, [4.5, 2.5, 1.5]),
+        ([4.0, -2.0, 1.0], None, 0.75, 1.0, [5, 4, 4]),
+        ([4.0, 0.0, 1.0], None, 0.5, 0.0, [4, 2, 2]),
+        ([4.0, 0.0, 1.0], None, 0.0, 0.0, [4, np.inf, 1]),
+        ([0.0, 0.0, 0.0], None, 0.5, 0.0, [np.inf, np.inf, np.inf]),
+        ([0.0, 0.0, 0.0], None, 0.5, 0.1, [0.1, 0.1, 0.1]),
+        ([100.0, -2.0, 1.0], [False, True, True], 0.75, 0.0, [np.inf, 2, 1.5]),
+        ([np.nan, -2.0, 1.0], [False, True, True], 0.75, 0.0, [np.inf, 2, 1.5]),
+    ],
+)
+def test_inverse_eigenvalues(eigenvalues, mask, floor, damping, magnitudes):
+    result = _inverse_eigenvalues(_numbers(eigenvalues, mask), Damping(floor, damping))
+    np.testing.assert_allclose(result, 1 / np.asarray(magnitudes), rtol=1e-6)
+
+
+_inverse_eigenvalues = jax.jit(subspace.inverse_eigenvalues)
+_base_scale = jax.jit(subspace.base_scale, static_argnums=1)
+
+
+@pytest.mark.parametrize(
+    ("eigenvalues", "mask", "num_smallest", "limit", "expected"),
+    [
+        ([8.0, 6.0, 4.0], None, 0, 3.0, 2),  # the ratio of the extremes
+        ([9.0, 6.0, 1.0], None, 0, 3.0, 3),  # the limit
+        ([9.0, 6.0, 1.0], None, 0, 1e9, 9),
+        ([9.0, 6.0, 1.0], None, 0, 1.0, 1),
+        ([9.0, 6.0, 1.0], None, 0, 0.0, 1),  # a limit below 1 counts as 1
+        ([-8.0, 6.0, 4.0], None, 0, 3.0, 2),  # by magnitude
+        ([1.0, -8.0, 4.0], [False, True, True], 0, 3.0, 2),  # masked pairs do not count
+        ([8.0, 4.0, 0.0], None, 0, 3.0, 2),  # nor do directions without curvature
+        ([0.1, 4.0, 8.0], None, 1, 3.0, 2),  # nor the smallest of algebraic selection
+        ([8.0, 4.0, 2.0], [False] * 3, 0, 3.0, 1),
+        ([0.0, 0.0, 0.0], None, 0, 3.0, 1),
+    ],
+)
+def test_base_scale(eigenvalues, mask, num_smallest, limit, expected):
+    sigma = _base_scale(_numbers(eigenvalues, mask), num_smallest, limit)
+    assert sigma.dtype == jnp.float32
+    np.testing.assert_allclose(sigma, expected, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def turned():
+    """Two spectra and the state of a subspace optimizer carried from one to the other."""
+    old, new = _rows(seed=0), _rows(mask=np.array([True, True, True, False]), seed=1)
+    state = {
+        "momentum": np.float32([1, 2, 3, 4]),
+        "count": np.int32(5),
+        "counts": np.arange(4, dtype=np.int32),
+        "other": np.ones(3, np.float32),
+        "short": np.asarray([1, 2, 3, 4], jnp.bfloat16),
+    }
+    return old, new, state
+
+
+def test_the_subspace_state_is_rotated_to_the_new_coordinates(turned):
+    old, new, state = turned
+    mask = np.any(new, axis=1)
+    carry = jax.jit(lambda s: subspace.rotate_state(s, _spectrum(old), _spectrum(new, mask=mask), None))
+    carried = carry(state)
+    rotation = new.astype(np.float64) @ old.T.astype(np.float64)
+    np.testing.assert_allclose(carried["momentum"], rotation @ state["momentum"], atol=1e-6)
+    np.testing.assert_allclose(np.float32(carried["short"]), rotation @ state["momentum"], atol=2e-2)
+    assert carried["short"].dtype == jnp.bfloat16
+    for name in ("count", "counts", "other"):
+        np.testing.assert_array_equal(carried[name], state[name])
+
+
+def test_rotation_within_the_same_subspace_carries_the_vector_over():
+    # Turning the basis inside its span, and its order and signs, changes coordinates but not the vector.
+    everything = np.ones(4, bool)
+    old = _rows(everything)
+    turn, _ = np.linalg.qr(np.random.default_rng(3).normal(size=(4, 4)))
+    new = (turn @ old).astype(np.float32)
+    momentum = np.float32([1, 2, 3, 4])
+    old_pairs, new_pairs = (_spectrum(rows, mask=everything) for rows in (old, new))
+    carried = jax.jit(lambda q: subspace.rotate_state(q, old_pairs, new_pairs, None))(momentum)
+    np.testing.assert_allclose(new.T @ carried, old.T @ momentum, atol=1e-6)
+
+
+def test_rotation_sums_over_the_axis(turned):
+    old, new, state = turned
+    num_devices = 4
+    cut = lambda rows: np.moveaxis(rows.reshape(4, num_devices, -1), 1, 0)  # noqa: E731
+
+    def program(momentum, local):
+        spectra = (Spectrum(_EIGENVALUES, rows, _EIGENVALUES, _MASK) for rows in local)
+        return subspace.rotate_state(momentum, *spectra, AXIS)
+
+    run = on_devices(program, num_devices, "shard_map")
+    carried = run(state["momentum"], (cut(old), cut(new)))
+    for p in range(num_devices):
+        np.testing.assert_allclose(carried[p], new @ old.T @ state["momentum"], atol=1e-6)
+
+
+def test_with_damping_it_is_the_newton_step_that_is_carried_over(turned):
+    old, new, state = turned
+    mask, eigenvalues = np.any(new, axis=1), np.float32([6.0, 4.0, -1.0, 0.5])
+    spectra = _spectrum(old), _spectrum(new, eigenvalues, mask)
+    carried = jax.jit(lambda q: subspace.rotate_state(q, *spectra, None, _DAMPING))(state["momentum"])
+    before, after = (np.asarray(_inverse_eigenvalues(s, _DAMPING), np.float64) for s in spectra)
+    expected = new.astype(np.float64) @ old.T.astype(np.float64) @ (before * state["momentum"])
+    np.testing.assert_allclose(after * carried, expected, atol=1e-6)
+    assert carried[3] == 0
