@@ -1,0 +1,332 @@
+"""The command line: `dho2-optax poc`.
+
+What needs the extra packages is imported only after the arguments have been read, and nothing
+touches a device before the number of virtual devices has been set.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import math
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import jax
+
+from dho2_optax._version import __version__
+from dho2_optax.poc.optimizers import OPTIMIZERS
+
+if TYPE_CHECKING:
+    from dho2_optax.poc.tasks import Task
+
+__all__ = ["main"]
+
+_EXTRA = ("flax", "jinja2", "matplotlib", "rich")
+_DEFAULT_VIRTUAL_DEVICES = 8
+_MAX_VIRTUAL_DEVICES = 64
+_DEFAULT_BATCH_SIZE = 256
+_DEFAULT_STEPS = 200
+_EXIT_USAGE = 2
+_EXIT_INTERRUPTED = 130
+
+
+class _UsageError(Exception):
+    """Input that cannot be used; the message becomes one line for the user."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that reports an error in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+      argv: the arguments; those of the process by default.
+
+    Returns:
+      The exit code: 0, 2 for input that cannot be used, 130 after an interrupt.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = _parser().parse_args(arguments)
+        return _poc(options, shlex.join(["dho2-optax", *arguments]))
+    except _UsageError as error:
+        print(f"dho2-optax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return _EXIT_USAGE
+    except KeyboardInterrupt:
+        print("dho2-optax: interrupted", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="dho2-optax", description="Hybrid-order optimization for optax.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"dho2-optax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    poc = commands.add_parser(
+        "poc",
+        help="train real models with every optimizer and report what each costs",
+        description="Train models on real data with every optimizer, and report steps, seconds, "
+        "memory and communication. The defaults take less than two minutes on two cores.",
+        allow_abbrev=False,
+    )
+    what = poc.add_argument_group("what to train")
+    what.add_argument(
+        "--data",
+        metavar="digits|DIR",
+        help="the built-in digits (default), or a folder of IDX files or CIFAR-10 binaries",
+    )
+    what.add_argument(
+        "--model",
+        type=_names,
+        metavar="NAMES",
+        help="comma-separated: mlp, cnn, resnet, autoencoder (default mlp,cnn)",
+    )
+    what.add_argument(
+        "--task",
+        metavar="MODULE:FUNCTION",
+        help="in place of these, your own: a function that returns a dho2_optax.poc.tasks.Task",
+    )
+    how = poc.add_argument_group("how to train it")
+    how.add_argument(
+        "--optimizers",
+        type=_names,
+        metavar="NAMES",
+        help=f"comma-separated: {', '.join(OPTIMIZERS)} (default all)",
+    )
+    how.add_argument(
+        "--devices",
+        type=_integers(1),
+        metavar="COUNTS",
+        help="comma-separated; every count is trained (default: all accelerators, or "
+        f"{_DEFAULT_VIRTUAL_DEVICES} virtual devices; fewer are compiled for their memory)",
+    )
+    how.add_argument(
+        "--batch-size",
+        type=_integer(1),
+        metavar="N",
+        help=f"over all devices (default {_DEFAULT_BATCH_SIZE}, or less if the data are few)",
+    )
+    length = how.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=_integer(1), metavar="N", help=f"default {_DEFAULT_STEPS}")
+    length.add_argument("--epochs", type=_integer(1), metavar="N")
+    how.add_argument(
+        "--lr",
+        type=_learning_rates,
+        default={},
+        metavar="NAME=VALUE,...",
+        help="learning rates by optimizer, in place of the defaults",
+    )
+    how.add_argument(
+        "--tune",
+        action="store_true",
+        help="search a small grid of learning rates first, the same for every optimizer",
+    )
+    how.add_argument("--seeds", type=_integers(0), default=(0,), metavar="SEEDS", help="default 0")
+    how.add_argument("--rank", type=_integer(1), default=8, metavar="K", help="default 8")
+    how.add_argument(
+        "--refresh-interval",
+        type=_integer(1),
+        default=50,
+        metavar="STEPS",
+        help="steps between refreshes of the curvature (default 50)",
+    )
+    report = poc.add_argument_group("report")
+    report.add_argument(
+        "--target",
+        type=_finite,
+        metavar="LOSS",
+        help="training loss that counts as done (default: what the best first-order optimizer ends at)",
+    )
+    report.add_argument("--out", type=Path, default=Path("poc-report"), metavar="DIR")
+    report.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"expected names separated by commas, got {text!r}")
+    return tuple(dict.fromkeys(names))
+
+
+def _integer(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _integers(minimum: int) -> Callable[[str], tuple[int, ...]]:
+    def parse(text: str) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(_integer(minimum)(part.strip()) for part in text.split(",")))
+
+    return parse
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return value
+
+
+def _learning_rates(text: str) -> dict[str, float]:
+    rates = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not (name.strip() and equals):
+            raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {part!r}")
+        rate = _finite(value)
+        if rate <= 0:
+            raise argparse.ArgumentTypeError(f"a learning rate must be positive, got {part!r}")
+        rates[name.strip()] = rate
+    return rates
+
+
+def _poc(options: argparse.Namespace, command: str) -> int:
+    """Check everything that can be checked, then run."""
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise _UsageError(f'{missing[0]} is missing: pip install "dho2_optax[poc]"')
+    optimizers = _optimizers(options)
+    available = _start_devices(max(options.devices or (_DEFAULT_VIRTUAL_DEVICES,)))
+    trained = options.devices or (min(available, _default_devices()),)
+    if max(trained) > available:
+        raise _UsageError(f"--devices {max(trained)}: there are only {available} devices")
+    tasks = _tasks(options)
+    batch_size = _batch_size(options, tasks, trained)
+    steps = options.steps or _DEFAULT_STEPS
+    if options.epochs:
+        steps = options.epochs * (min(task.num_train for task in tasks) // batch_size)
+    folder = _output_folder(options.out)
+
+    from rich.console import Console
+
+    from dho2_optax.poc import runner
+
+    settings = runner.Settings(
+        data=options.task or options.data or "digits",
+        optimizers=optimizers,
+        devices=trained,
+        compiled_devices=() if options.devices else _fewer(trained[0], batch_size),
+        batch_size=batch_size,
+        num_steps=steps,
+        target=options.target,
+        learning_rates=options.lr,
+        tune=options.tune,
+        seeds=options.seeds,
+        rank=options.rank,
+        refresh_interval=options.refresh_interval,
+        command=command,
+    )
+    console = Console(quiet=options.quiet)
+    results = runner.run(settings, tasks, folder, console)
+    console.print(f"\nReport: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    return _EXIT_INTERRUPTED if results.status == "interrupted" else 0
+
+
+def _optimizers(options: argparse.Namespace) -> tuple[str, ...]:
+    chosen = options.optimizers or tuple(OPTIMIZERS)
+    for name in (*chosen, *options.lr):
+        if name not in OPTIMIZERS:
+            raise _UsageError(f"unknown optimizer {name!r}: choose from {', '.join(OPTIMIZERS)}")
+    for name in options.lr:
+        if name not in chosen:
+            raise _UsageError(f"--lr {name}: that optimizer is not among --optimizers")
+    return chosen
+
+
+def _start_devices(wanted: int) -> int:
+    """Make enough virtual CPU devices, unless there are accelerators; return the device count."""
+    if wanted > _MAX_VIRTUAL_DEVICES and jax.default_backend() == "cpu":
+        raise _UsageError(f"--devices {wanted}: at most {_MAX_VIRTUAL_DEVICES} virtual CPU devices")
+    # With fewer threads than this, programs with collectives can wait for each other for ever.
+    os.environ.setdefault("PJRT_NPROC", str(max(32, 2 * wanted)))
+    chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not chosen and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        # If the backend has started, its devices are what there is.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", wanted)
+    try:
+        return jax.device_count()
+    except RuntimeError as error:
+        raise _UsageError(f"no device can be used: {error}") from error
+
+
+def _default_devices() -> int:
+    return _DEFAULT_VIRTUAL_DEVICES if jax.default_backend() == "cpu" else jax.device_count()
+
+
+def _tasks(options: argparse.Namespace) -> list["Task"]:
+    from dho2_optax.poc import data, models, tasks
+
+    if options.task is not None:
+        if options.model is not None or options.data is not None:
+            raise _UsageError("--task brings its own model and data: drop --model and --data")
+        try:
+            return [tasks.from_function(options.task)]
+        except tasks.TaskError as error:
+            raise _UsageError(str(error)) from error
+    names = options.model or ("mlp", "cnn")
+    for name in names:
+        if name not in models.MODELS:
+            raise _UsageError(f"unknown model {name!r}: choose from {', '.join(models.MODELS)}")
+    try:
+        dataset = data.load(options.data or "digits")
+    except data.DataError as error:
+        raise _UsageError(str(error)) from error
+    return [tasks.from_dataset(name, dataset) for name in names]
+
+
+def _batch_size(options: argparse.Namespace, tasks: Sequence["Task"], devices: Sequence[int]) -> int:
+    """Return a batch size that every device count divides."""
+    num_train, multiple = min(task.num_train for task in tasks), math.lcm(*devices)
+    if options.batch_size is None:
+        size = min(_DEFAULT_BATCH_SIZE, num_train) // multiple * multiple
+        if not size:
+            raise _UsageError(
+                f"no batch of at most {min(_DEFAULT_BATCH_SIZE, num_train)} of the {num_train} "
+                f"training samples divides over {', '.join(map(str, devices))} devices: "
+                "give --batch-size"
+            )
+        return size
+    size = options.batch_size
+    if size > num_train:
+        raise _UsageError(f"--batch-size {size}: there are only {num_train} training samples")
+    for count in devices:
+        if size % count:
+            raise _UsageError(f"--batch-size {size} does not divide over {count} devices")
+    return size
+
+
+def _fewer(devices: int, batch_size: int) -> tuple[int, ...]:
+    """Return the powers of two below a device count, for the plot of memory against devices."""
+    powers = (2**i for i in range(devices.bit_length()))
+    return tuple(n for n in powers if n < devices and batch_size % n == 0)
+
+
+def _output_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise _UsageError(f"--out {folder} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,213 @@
+"""The pictures of the report."""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from dho2_optax.poc.results import (
+    Results,
+    Row,
+    count_devices,
+    megabytes,
+    smoothed,
+    summarize,
+)
+
+__all__ = ["draw"]
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+_COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#000000")
+_MARKERS = "osD^vP*"
+_PARTS = {  # of the time
+    "ordinary steps": "#0072B2",
+    "refreshes": "#D55E00",
+    "compilation": "#999999",
+    "evaluation": "#E69F00",
+}
+_STYLE: dict[Any, Any] = {
+    "axes.edgecolor": "#777777",
+    "axes.grid": True,
+    "axes.labelcolor": "#333333",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+}
+
+
+def draw(results: Results, folder: Path) -> dict[str, list[Path]]:
+    """Draw every picture for which there are measurements.
+
+    Returns:
+      The PNG files under "loss" and "memory" (one for each task) and "time" (one).
+    """
+    import matplotlib
+
+    files: dict[str, list[Path]] = {"loss": [], "memory": [], "time": []}
+    with matplotlib.rc_context(_STYLE):
+        for task in (task["name"] for task in results.tasks):
+            rows = [row for row in results.rows if row.task == task]
+            if any(row.trained for row in rows):
+                files["loss"].append(_save(_losses(results, task, rows), folder, f"loss-{task}"))
+            if len({row.devices for row in rows if row.total_bytes}) > 1:
+                files["memory"].append(_save(_memory(results, task, rows), folder, f"memory-{task}"))
+        if any(row.trained for row in results.rows):
+            files["time"].append(_save(_time(results), folder, "time"))
+    return files
+
+
+def _save(figure: Figure, folder: Path, name: str) -> Path:
+    safe = "".join(char if char.isalnum() or char in "-_" else "_" for char in name)
+    path = folder / f"{safe}.png"
+    figure.savefig(path, dpi=150, facecolor="white")
+    return path
+
+
+def _look(results: Results, optimizer: str) -> dict[str, Any]:
+    index = results.settings["optimizers"].index(optimizer) % len(_COLOURS)
+    return {"color": _COLOURS[index], "label": optimizer}
+
+
+def _losses(results: Results, task: str, rows: list[Row]) -> Figure:
+    """Loss against steps and against seconds, on the most devices that were trained."""
+    devices = max(row.devices for row in rows if row.trained)
+    rows = [row for row in rows if row.trained and row.devices == devices]
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    seen: set[str] = set()
+    for row in rows:
+        look = _look(results, row.optimizer)
+        if row.optimizer in seen:
+            look["label"] = None
+        seen.add(row.optimizer)
+        steps, seconds = np.arange(1, len(row.losses) + 1), np.cumsum(row.seconds)
+        for axes, x in ((by_step, steps), (by_time, seconds)):
+            axes.plot(x, row.losses, color=look["color"], alpha=0.18, linewidth=0.8)
+            axes.plot(x, smoothed(row.losses), linewidth=1.8, **look)
+        if row.steps_to_target and row.seconds_to_target:
+            at = smoothed(row.losses)[row.steps_to_target - 1]
+            dot = {"color": look["color"], "markeredgecolor": "white", "markersize": 8, "zorder": 5}
+            by_step.plot(row.steps_to_target, at, "o", **dot)
+            by_time.plot(row.seconds_to_target, at, "o", **dot)
+    target = results.target(task)
+    for axes in (by_step, by_time):
+        if target is not None:
+            axes.axhline(target.loss, color="#555555", linewidth=1, linestyle=(0, (4, 3)))
+    shown = [loss for row in rows for loss in row.losses if np.isfinite(loss)]
+    if all(loss > 0 for loss in (*shown, target.loss if target else 1.0)):
+        by_step.set_yscale("log")
+    if target is not None:
+        by_step.annotate(
+            f"target {target.loss:.3g}",
+            (0.01, target.loss),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            fontsize=9,
+            color="#555555",
+        )
+    by_step.set(xlabel="steps", ylabel="training loss", title=f"{task}: loss against steps")
+    by_time.set(xlabel="seconds of training", title=f"loss against time, {count_devices(devices)}")
+    by_time.set_xlim(left=0)
+    by_step.set_xlim(left=0)
+    by_time.legend()
+    return figure
+
+
+def _memory(results: Results, task: str, rows: list[Row]) -> Figure:
+    """Bytes on each device against the number of devices."""
+    summaries = [s for s in summarize(rows) if s["total_bytes"]]
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    fields = (
+        ("optimizer_bytes", f"{task}: optimizer state on each device"),
+        ("total_bytes", "whole training step on each device"),
+    )
+    counts = sorted({s.devices for s in summaries})
+    for axes, (field, title) in zip(panels, fields, strict=True):
+        steepest, ideal = 1.0, 0.0
+        for i, optimizer in enumerate(results.settings["optimizers"]):
+            points = sorted((s.devices, s[field] or 0) for s in summaries if s.optimizer == optimizer)
+            if not points:
+                continue
+            x, y = zip(*points, strict=True)
+            marker = _MARKERS[i % len(_MARKERS)]
+            axes.plot(x, y, marker=marker, linewidth=1.8, **_look(results, optimizer))
+            if y[0] / y[-1] > steepest:  # the ideal is drawn for the optimizer that comes closest
+                steepest, ideal = y[0] / y[-1], y[0] * x[0]
+        if ideal:
+            line = [ideal / count for count in counts]
+            axes.plot(counts, line, color="#222222", linestyle=":", label="ideal 1/P", zorder=4)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda size, _: megabytes(size)))
+        axes.yaxis.set_minor_formatter(FuncFormatter(_minor_size(axes)))
+        axes.set(xlabel="devices P", title=title)
+    panels[0].set_ylabel("bytes on each device")
+    panels[0].legend()
+    return figure
+
+
+def _minor_size(axes: Axes) -> Callable[[float, float], str]:
+    """Label 2 and 5 between the decades, where an axis spans less than two of them."""
+
+    def label(size: float, _: float) -> str:
+        low, high = axes.get_ylim()
+        leading = f"{size:.0e}"[0]
+        return megabytes(size) if high / low < 300 and leading in "25" else ""
+
+    return label
+
+
+def _time(results: Results) -> Figure:
+    """Where the time of each run went, on the most devices that were trained."""
+    bars: list[tuple[str, dict[str, float]]] = []
+    for task in (task["name"] for task in results.tasks):
+        trained = [row for row in results.rows if row.task == task and row.trained]
+        devices = max((row.devices for row in trained), default=0)
+        for optimizer in results.settings["optimizers"]:
+            runs = [r for r in trained if r.optimizer == optimizer and r.devices == devices]
+            if runs:
+                parts = [_time_parts(row) for row in runs]
+                mean = {name: statistics.fmean(p[name] for p in parts) for name in _PARTS}
+                bars.append((f"{task}  {optimizer}", mean))
+    figure = Figure(figsize=(10, 1.7 + 0.34 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    position = np.arange(len(bars))[::-1]
+    left = np.zeros(len(bars))
+    for name, colour in _PARTS.items():
+        widths = np.array([parts[name] for _, parts in bars])
+        axes.barh(position, widths, left=left, color=colour, label=name, height=0.66)
+        left += widths
+    axes.set_axisbelow(True)
+    axes.set_yticks(position, [label for label, _ in bars])
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlabel="seconds", title="Where the time of each run goes")
+    axes.legend(ncols=len(_PARTS), loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    return figure
+
+
+def _time_parts(row: Row) -> dict[str, float]:
+    refreshes = (row.refresh_seconds or 0.0) * len(row.refresh_steps)
+    return {
+        "ordinary steps": sum(row.seconds) - refreshes,
+        "refreshes": refreshes,
+        "compilation": row.compile_seconds or 0.0,
+        "evaluation": row.eval_seconds or 0.0,
+    }

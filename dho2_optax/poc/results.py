@@ -1,0 +1,428 @@
+"""What the runs measured, and what follows from it: targets, medians over seeds, findings."""
+
+import dataclasses
+import json
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dho2_optax.poc.optimizers import OPTIMIZERS
+
+__all__ = [
+    "Results",
+    "Row",
+    "Summary",
+    "Target",
+    "Tuning",
+    "count_devices",
+    "findings",
+    "megabytes",
+    "smoothed",
+    "summarize",
+]
+
+# Ratios below these are called a tie.
+_TIE_STEPS = 1.03
+_TIE_SECONDS = 1.1  # clocks are noisy
+
+
+@dataclasses.dataclass
+class Row:
+    """One run of one optimizer on one task, device count and seed."""
+
+    task: str
+    optimizer: str
+    devices: int
+    seed: int | None  # None if the program was only compiled
+    learning_rate: float
+    status: str  # "ok", "diverged", "failed" or "compiled"
+    message: str = ""
+    compile_seconds: float | None = None
+    # Bytes on one device.
+    parameter_bytes: int | None = None
+    base_state_bytes: int | None = None
+    curvature_state_bytes: int | None = None
+    temporary_bytes: int | None = None
+    total_bytes: int | None = None
+    # Bytes that one device sends.
+    traffic_per_step: float | None = None
+    traffic_per_refresh: float | None = None
+    # Of the training, compilation and warm-up apart.
+    losses: list[float] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    refresh_steps: list[int] = dataclasses.field(default_factory=list)
+    counters: dict[str, float] = dataclasses.field(default_factory=dict)
+    eval_seconds: float | None = None
+    final_loss: float | None = None
+    test_loss: float | None = None
+    test_accuracy: float | None = None
+    step_seconds_median: float | None = None
+    step_seconds_p99: float | None = None
+    refresh_seconds: float | None = None
+    steps_to_target: int | None = None
+    seconds_to_target: float | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether steps were run, and not only compiled."""
+        return bool(self.losses)
+
+    @property
+    def optimizer_bytes(self) -> int | None:
+        """Bytes of the optimizer's state on one device."""
+        if self.base_state_bytes is None or self.curvature_state_bytes is None:
+            return None
+        return self.base_state_bytes + self.curvature_state_bytes
+
+    def measure(self) -> None:
+        """Fill in what follows from the losses and the step times."""
+        if not self.losses:
+            return
+        self.step_seconds_median = float(np.median(self.seconds))
+        self.step_seconds_p99 = float(np.percentile(self.seconds, 99))
+        if self.status == "ok":
+            self.final_loss = float(smoothed(self.losses)[-1])
+        refreshes = set(self.refresh_steps)
+        ordinary = [s for i, s in enumerate(self.seconds) if i not in refreshes]
+        if refreshes and ordinary:
+            mean = statistics.fmean(self.seconds[i] for i in refreshes)
+            self.refresh_seconds = max(0.0, mean - statistics.median(ordinary))
+
+    def aim(self, target: float) -> None:
+        """Find the first step at which the smoothed loss is at the target or below."""
+        self.steps_to_target = self.seconds_to_target = None
+        if self.status != "ok":
+            return
+        reached = np.flatnonzero(smoothed(self.losses) <= target)
+        if len(reached):
+            self.steps_to_target = int(reached[0]) + 1
+            self.seconds_to_target = float(sum(self.seconds[: self.steps_to_target]))
+
+
+@dataclasses.dataclass
+class Tuning:
+    """The search for the learning rate of one optimizer on one task."""
+
+    task: str
+    optimizer: str
+    learning_rates: list[float]
+    final_losses: list[float | None]  # None where the run diverged or failed
+    chosen: float | None
+    widened: bool
+    at_edge: bool  # the best value is still at the edge of the widened grid
+
+
+@dataclasses.dataclass
+class Target:
+    """The training loss that counts as done, and where it comes from."""
+
+    task: str
+    loss: float
+    origin: str
+
+
+@dataclasses.dataclass
+class Results:
+    """Everything that a proof of concept found; `results.json` holds the same."""
+
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    tasks: list[dict[str, Any]]
+    status: str = "running"  # then "complete" or "interrupted"
+    seconds: float = 0.0
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    tuning: list[Tuning] = dataclasses.field(default_factory=list)
+    targets: list[Target] = dataclasses.field(default_factory=list)
+
+    def aim(self, given: float | None) -> None:
+        """Set the targets from the rows that exist, and measure every row against them."""
+        self.targets = []
+        for task in self.tasks:
+            rows = [row for row in self.rows if row.task == task["name"]]
+            target = _target(task["name"], rows, given)
+            if target is not None:
+                self.targets.append(target)
+                for row in rows:
+                    row.aim(target.loss)
+
+    def target(self, task: str) -> Target | None:
+        """Return the target of a task, if there is one."""
+        return next((target for target in self.targets if target.task == task), None)
+
+    def save(self, path: Path) -> None:
+        """Write JSON, replacing the file at once so that a reader never sees half of it."""
+        text = json.dumps(_plain(dataclasses.asdict(self)), indent=1, allow_nan=False)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+@dataclasses.dataclass
+class Summary:
+    """The rows of one task, optimizer and device count: medians over the seeds."""
+
+    task: str
+    optimizer: str
+    devices: int
+    learning_rate: float
+    status: str  # "ok", "compiled", "diverged", "failed", or "diverged in 1 of 3"
+    message: str
+    trained: bool
+    reached: int  # number of seeds that reached the target
+    seeds: int
+    values: dict[str, float | None]  # medians of the numeric fields of the rows
+
+    def __getitem__(self, field: str) -> float | None:
+        """Return the median of a field of the rows, None if no row has it."""
+        return self.values[field]
+
+
+_NUMERIC = (
+    "compile_seconds",
+    "parameter_bytes",
+    "base_state_bytes",
+    "curvature_state_bytes",
+    "optimizer_bytes",
+    "temporary_bytes",
+    "total_bytes",
+    "traffic_per_step",
+    "traffic_per_refresh",
+    "eval_seconds",
+    "final_loss",
+    "test_loss",
+    "test_accuracy",
+    "step_seconds_median",
+    "step_seconds_p99",
+    "refresh_seconds",
+    "steps_to_target",
+    "seconds_to_target",
+)
+
+
+def smoothed(losses: Sequence[float]) -> np.ndarray:
+    """Average the loss over the last twentieth of the run so far, infinite before the first.
+
+    A single batch may be lucky; its loss reaches no target.
+
+    Example:
+      >>> from dho2_optax.poc.results import smoothed
+      >>> smoothed([4.0] * 20 + [2.0] * 20)[[0, 1, 20, 39]].tolist()
+      [inf, 4.0, 3.0, 2.0]
+    """
+    window = max(1, len(losses) // 20)
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(losses, np.float64))])
+    means = (sums[window:] - sums[:-window]) / window
+    return np.concatenate([np.full(window - 1, np.inf), means])
+
+
+def summarize(rows: Iterable[Row]) -> list[Summary]:
+    """Combine the seeds of each task, optimizer and device count."""
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.task, row.optimizer, row.devices), []).append(row)
+    return [_summary(*key, group) for key, group in groups.items()]
+
+
+def _summary(task: str, optimizer: str, devices: int, rows: list[Row]) -> Summary:
+    bad = [row for row in rows if row.status in ("diverged", "failed")]
+    status = bad[0].status if bad else rows[0].status
+    if bad and len(rows) > 1:
+        status = f"{status} in {len(bad)} of {len(rows)}"
+    values: dict[str, float | None] = {}
+    for field in _NUMERIC:
+        present = [x for row in rows if (x := getattr(row, field)) is not None]
+        values[field] = float(statistics.median(present)) if present else None
+    reached = sum(row.steps_to_target is not None for row in rows)
+    if reached <= len(rows) / 2:  # the median seed did not get there
+        values["steps_to_target"] = values["seconds_to_target"] = None
+    return Summary(
+        task=task,
+        optimizer=optimizer,
+        devices=devices,
+        learning_rate=rows[0].learning_rate,
+        status=status,
+        message=bad[0].message if bad else "",
+        trained=any(row.trained for row in rows),
+        reached=reached,
+        seeds=len(rows),
+        values=values,
+    )
+
+
+def _target(task: str, rows: list[Row], given: float | None) -> Target | None:
+    if given is not None:
+        return Target(task, given, "given with --target")
+    done = [s for s in summarize(rows) if s.trained and s["final_loss"] is not None]
+    baselines = [s for s in done if not OPTIMIZERS[s.optimizer].hybrid]
+    if not done:
+        return None
+    best = min(baselines or done, key=lambda s: s["final_loss"] or math.inf)
+    kind = "first-order baselines" if baselines else "optimizers (there is no baseline)"
+    loss = best["final_loss"] or 0.0
+    origin = (
+        f"within 1% of the best final loss among the {kind}: "
+        f"{loss:.4g}, {best.optimizer} on {count_devices(best.devices)}"
+    )
+    # The slack is for the last digits, which depend on the number of devices.
+    return Target(task, loss + 0.01 * abs(loss), origin)
+
+
+def findings(results: Results) -> dict[str, list[str]]:
+    """Say in words where each hybrid wins, where it does not, and what memory it needs.
+
+    Returns:
+      Sentences under "wins", "does_not_win", "failures" and "memory".
+    """
+    said: dict[str, list[str]] = {
+        "wins": [],
+        "does_not_win": [],
+        "failures": [],
+        "memory": [],
+    }
+    summaries = summarize(results.rows)
+    for task in results.tasks:
+        name = task["name"]
+        group = [s for s in summaries if s.task == name]
+        hybrids = list(dict.fromkeys(s.optimizer for s in group if OPTIMIZERS[s.optimizer].hybrid))
+        for optimizer in hybrids:
+            for summary in _most_devices(s for s in group if s.optimizer == optimizer and s.trained):
+                _compare(task, summary, group, said)
+            _memory_finding(name, optimizer, group, said["memory"])
+        for summary in group:
+            if summary.status.startswith(("diverged", "failed")):
+                said["failures"].append(
+                    f"{name}: {summary.optimizer} on {count_devices(summary.devices)} "
+                    f"{summary.status} at learning rate {summary.learning_rate:g}: "
+                    f"{summary.message}."
+                )
+    return said
+
+
+def _most_devices(summaries: Iterable[Summary]) -> list[Summary]:
+    """Return, as a list of one or none, the summary with the most devices."""
+    return sorted(summaries, key=lambda s: s.devices)[-1:]
+
+
+def _compare(task: dict[str, Any], hybrid: Summary, group: list[Summary], said: dict[str, list[str]]) -> None:
+    """Compare a hybrid with the best baseline on the same devices, one quantity at a time."""
+    baselines = [s for s in group if s.trained and s.devices == hybrid.devices and not OPTIMIZERS[s.optimizer].hybrid]
+    who = f"{task['name']}: {hybrid.optimizer}"
+
+    def best(field: str) -> Summary | None:
+        present = [s for s in baselines if s[field] is not None]
+        return min(present, key=lambda s: s[field] or 0.0) if present else None
+
+    def lower_is_better(field: str, unit: str, show: Callable[[float], str]) -> None:
+        rival = best(field)
+        if rival is None or hybrid.status == "failed":
+            return
+        ours, theirs = hybrid[field], rival[field] or 0.0
+        if ours is None:
+            if field == "steps_to_target":
+                said["does_not_win"].append(
+                    f"{who} never reaches the target loss that {rival.optimizer} reaches after {show(theirs)} {unit}."
+                )
+            return
+        tie = _TIE_STEPS if unit == "steps" else _TIE_SECONDS
+        text = f"{show(ours)} against {show(theirs)} {unit} of {rival.optimizer}"
+        if ours * tie < theirs:
+            gain = f"{theirs / ours:.2f} times " + ("fewer" if unit == "steps" else "less")
+            said["wins"].append(f"{who} needs {text} to the target, {gain}.")
+        elif theirs * tie < ours:
+            loss = f"{ours / theirs:.2f} times " + ("as many" if unit == "steps" else "as much")
+            said["does_not_win"].append(f"{who} needs {text} to the target, {loss}.")
+        else:
+            said["does_not_win"].append(f"{who} needs {text} to the target, a tie.")
+
+    lower_is_better("steps_to_target", "steps", lambda x: f"{x:.0f}")
+    lower_is_better("seconds_to_target", "seconds", lambda x: f"{x:.2f}")
+    accuracies = [(s["test_accuracy"] or 0.0, s.optimizer) for s in baselines]
+    ours = hybrid["test_accuracy"]
+    if accuracies and ours is not None:
+        theirs, rival = max(accuracies)
+        text = f"{who} ends at {ours:.1%} test accuracy, {rival} at {theirs:.1%}"
+        # Two standard errors of the difference between two shares of so many samples.
+        noise = 2 * math.sqrt(2 * theirs * (1 - theirs) / task["num_test"])
+        if ours > theirs + noise:
+            said["wins"].append(f"{text}.")
+        elif theirs > ours + noise:
+            said["does_not_win"].append(f"{text}.")
+        else:
+            said["does_not_win"].append(f"{text}: no difference that {task['num_test']:,} samples can show.")
+    rival = best("step_seconds_median")
+    ours = hybrid["step_seconds_median"]
+    if rival is not None and ours is not None:
+        ratio = ours / (rival["step_seconds_median"] or math.inf)
+        if ratio > _TIE_SECONDS:
+            refresh = hybrid["refresh_seconds"]
+            pause = f", and {refresh:.2g} s more for each refresh" if refresh else ""
+            said["does_not_win"].append(
+                f"{who}'s median step takes {ratio:.1f} times as long as {rival.optimizer}'s{pause}."
+            )
+
+
+def _memory_finding(task: str, optimizer: str, group: list[Summary], said: list[str]) -> None:
+    sizes = sorted(
+        (s.devices, s["optimizer_bytes"]) for s in group if s.optimizer == optimizer and s["optimizer_bytes"]
+    )
+    if len(sizes) < 2:
+        return
+    (few, before), (many, after) = sizes[0], sizes[-1]
+    before, after = before or 0.0, after or 1.0
+    text = (
+        f"{task}: {optimizer}'s state takes {megabytes(before)} on {count_devices(few)} and "
+        f"{megabytes(after)} on each of {many}: "
+    )
+    ratio = before / after
+    if ratio < 1.05:
+        said.append(f"{text}more devices do not shrink it.")
+    else:
+        said.append(f"{text}{ratio:.2f} times less (the ideal is {many / few:g}).")
+
+
+def megabytes(size: float) -> str:
+    """Write a number of bytes for a reader.
+
+    Example:
+      >>> from dho2_optax.poc.results import megabytes
+      >>> megabytes(812), megabytes(51_300), megabytes(7_250_000)
+      ('812 B', '51.3 kB', '7.25 MB')
+    """
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size:.0f} B"
+
+
+def count_devices(count: int) -> str:
+    """Write a number of devices.
+
+    Example:
+      >>> from dho2_optax.poc.results import count_devices
+      >>> count_devices(1), count_devices(8)
+      ('1 device', '8 devices')
+    """
+    return f"{count} device" if count == 1 else f"{count} devices"
+
+
+def _plain(value: Any) -> Any:
+    """Replace what JSON has no word for: a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,342 @@
+"""All runs of a proof of concept, one after the other, saved after each."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+import dho2_optax
+from dho2_optax.poc import report
+from dho2_optax.poc.models import num_parameters
+from dho2_optax.poc.optimizers import OPTIMIZERS
+from dho2_optax.poc.results import Results, Row, Tuning, count_devices
+from dho2_optax.poc.tasks import Task
+from dho2_optax.poc.training import Evaluator, Program, Spec, compile_program, train
+
+__all__ = ["Settings", "run"]
+
+_Result = TypeVar("_Result")
+
+_GRID = (0.1, 0.3, 1.0, 3.0, 10.0)  # times the learning rate that would be used without tuning
+_WIDER = {"low": (0.01, 0.03), "high": (30.0, 100.0)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What was asked for, checked and complete."""
+
+    data: str
+    optimizers: tuple[str, ...]
+    devices: tuple[int, ...]  # trained
+    compiled_devices: tuple[int, ...]  # only compiled, for memory and communication
+    batch_size: int
+    num_steps: int
+    target: float | None
+    learning_rates: Mapping[str, float]  # in place of the defaults
+    tune: bool
+    seeds: tuple[int, ...]
+    rank: int
+    refresh_interval: int
+    command: str
+
+
+def run(settings: Settings, tasks: Sequence[Task], folder: Path, console: Console) -> Results:
+    """Train every optimizer on every task and device count, and write the report.
+
+    `results.json` is replaced after every run. On an interrupt (Ctrl-C) what has finished is
+    reported, with the status "interrupted".
+
+    Args:
+      settings: what to run.
+      tasks: what to train.
+      folder: an existing folder for the report.
+      console: for progress and tables.
+
+    Returns:
+      The results; a run that diverged or failed is a row with that status.
+    """
+    begin = time.perf_counter()
+    results = Results(
+        machine=_machine(),
+        settings=dataclasses.asdict(settings),
+        tasks=[_describe(task) for task in tasks],
+    )
+    session = _Session(settings, results, folder, console)
+    try:
+        with session.progress:
+            for task in tasks:
+                session.run_task(task)
+        results.status = "complete"
+    except KeyboardInterrupt:
+        results.status = "interrupted"
+    results.seconds = time.perf_counter() - begin
+    session.save()
+    report.write_html(results, folder)
+    report.print_tables(results, console)
+    return results
+
+
+class _Session:
+    """The state of a proof of concept while it runs."""
+
+    def __init__(self, settings: Settings, results: Results, folder: Path, console: Console) -> None:
+        self._settings = settings
+        self._results = results
+        self._folder = folder
+        self._console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            refresh_per_second=4,
+            transient=True,
+        )
+        counts = len(settings.devices) * len(settings.seeds) + len(settings.compiled_devices)
+        counts += len(_GRID) if settings.tune else 0
+        runs = len(results.tasks) * len(settings.optimizers) * counts
+        self._all = self.progress.add_task("all runs", total=runs, note="")
+        self._one = self.progress.add_task("this run", total=settings.num_steps, note="")
+
+    def save(self) -> None:
+        """Measure every row against the targets so far, and write `results.json`."""
+        self._results.aim(self._settings.target)
+        self._results.save(self._folder / "results.json")
+
+    def run_task(self, task: Task) -> None:
+        """Train every optimizer on a task; then compile what is only compiled."""
+        settings, evaluate = self._settings, Evaluator(task)
+        rates = {name: self._learning_rate(task, name, evaluate) for name in settings.optimizers}
+        for devices in settings.devices:
+            for name, rate in rates.items():
+                spec = self._spec(name, rate, devices)
+                for row in self._train(task, spec, settings.seeds, evaluate):
+                    self._add(row)
+        specs = [
+            self._spec(name, rate, devices) for devices in settings.compiled_devices for name, rate in rates.items()
+        ]
+        # Nothing is timed any more, so these may share the cores.
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            try:
+                for row in pool.map(lambda spec: self._plan(task, spec), specs):
+                    self._add(row)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _learning_rate(self, task: Task, name: str, evaluate: Evaluator) -> float:
+        default = OPTIMIZERS[name].learning_rate(task.name)
+        start = self._settings.learning_rates.get(name, default)
+        return self._tune(task, name, start, evaluate) if self._settings.tune else start
+
+    def _tune(self, task: Task, name: str, start: float, evaluate: Evaluator) -> float:
+        """Try a grid of learning rates; widen it once if the best is at its edge."""
+        losses: dict[float, float] = {}
+
+        def search(factors: Sequence[float]) -> None:
+            for factor in factors:
+                spec = self._spec(name, _round(start * factor), max(self._settings.devices))
+                [row] = self._train(task, spec, self._settings.seeds[:1], evaluate)
+                final = row.final_loss
+                losses[spec.learning_rate] = math.inf if final is None else final
+                self._log(row, "tuning")
+
+        def best() -> float:
+            return min(losses, key=lambda rate: losses[rate])
+
+        search(_GRID)
+        widened = best() in (min(losses), max(losses)) and math.isfinite(losses[best()])
+        if widened:
+            self.progress.update(self._all, total=self._total() + len(_WIDER["low"]))
+            search(_WIDER["low" if best() == min(losses) else "high"])
+        rates = sorted(losses)
+        found = math.isfinite(losses[best()])
+        self._results.tuning.append(
+            Tuning(
+                task=task.name,
+                optimizer=name,
+                learning_rates=rates,
+                final_losses=[losses[r] if math.isfinite(losses[r]) else None for r in rates],
+                chosen=best() if found else None,
+                widened=widened,
+                at_edge=found and best() in (rates[0], rates[-1]),
+            )
+        )
+        self.save()
+        return best() if found else start
+
+    def _spec(self, name: str, learning_rate: float, devices: int) -> Spec:
+        return Spec(
+            optimizer=name,
+            learning_rate=learning_rate,
+            num_devices=devices,
+            batch_size=self._settings.batch_size,
+            num_steps=self._settings.num_steps,
+            rank=self._settings.rank,
+            refresh_interval=self._settings.refresh_interval,
+        )
+
+    def _compile(self, task: Task, spec: Spec, *, to_run: bool = True) -> tuple[Row, Program | None]:
+        """Compile a program; a failure becomes the row's status."""
+        name, devices = spec.optimizer, spec.num_devices
+        row = Row(task.name, name, devices, None, spec.learning_rate, "compiled")
+        note = f"{task.name} {name}, {count_devices(devices)}: compiling"
+        self.progress.update(self._one, completed=0, note=note)
+        program = _attempt(row, lambda: compile_program(task, spec, to_run=to_run))
+        if program is not None:
+            row.compile_seconds = program.compile_seconds
+            footprint = program.footprint
+            row.parameter_bytes = footprint.parameters
+            row.base_state_bytes = footprint.base_state
+            row.curvature_state_bytes = footprint.curvature_state
+            row.temporary_bytes = footprint.temporaries
+            row.total_bytes = footprint.total
+            row.traffic_per_step = footprint.traffic_per_step
+        return row, program
+
+    def _plan(self, task: Task, spec: Spec) -> Row:
+        """Compile a program for its memory and communication alone."""
+        row, _ = self._compile(task, spec, to_run=False)
+        row.compile_seconds = None  # it says nothing about a program that runs
+        return row
+
+    def _train(self, task: Task, spec: Spec, seeds: Sequence[int], evaluate: Evaluator) -> Iterator[Row]:
+        """Compile once, train from every seed, and yield each row when it is complete."""
+        compiled, program = self._compile(task, spec)
+        for seed in seeds:
+            row = dataclasses.replace(compiled, seed=seed)
+            if program is not None:
+                self._train_seed(task, program, row, seed, evaluate)
+            yield row
+
+    def _train_seed(self, task: Task, program: Program, row: Row, seed: int, evaluate: Evaluator) -> None:
+        """Train from one seed and fill in the row."""
+        label = f"{task.name} {row.optimizer}, {count_devices(row.devices)}"
+
+        def show(step: int, loss: float) -> None:
+            note = f"{label}: loss {loss:.4g}"
+            self.progress.update(self._one, completed=step + 1, note=note)
+
+        measured = _attempt(row, lambda: train(task, program, seed, evaluate, show))
+        if measured is None:
+            return
+        row.status = measured.status
+        row.losses, row.seconds = measured.losses, measured.seconds
+        row.refresh_steps, row.counters = measured.refresh_steps, measured.counters
+        row.test_loss, row.test_accuracy = measured.test_loss, measured.test_accuracy
+        row.eval_seconds = measured.eval_seconds
+        if row.status == "diverged":
+            row.message = f"loss not finite after {len(row.losses)} steps"
+        if row.refresh_steps and "matvecs" in row.counters:
+            matvecs = row.counters["matvecs"] / len(row.refresh_steps)
+            footprint = program.footprint
+            row.traffic_per_refresh = footprint.traffic_per_refresh + matvecs * footprint.traffic_per_matvec
+        row.measure()
+
+    def _add(self, row: Row) -> None:
+        self._results.rows.append(row)
+        self._log(row, "")
+        self.save()
+
+    def _log(self, row: Row, prefix: str) -> None:
+        """Print one line for a finished run."""
+        self.progress.advance(self._all)
+        seed = f", seed {row.seed}" if row.seed is not None else ""
+        where = f"{prefix} {row.task} {row.optimizer}, {count_devices(row.devices)}{seed}".strip()
+        rate = f"lr {row.learning_rate:g}"
+        if row.status == "ok":
+            milliseconds = 1e3 * (row.step_seconds_median or 0.0)
+            text = f"{where}: {rate}, loss {row.final_loss:.4g}, {milliseconds:.1f} ms/step"
+        elif row.status == "compiled":
+            text = f"{where}: compiled only"
+        else:
+            text = f"{where}: {rate}, {row.status} ({row.message})"
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _total(self) -> float:
+        return self.progress.tasks[0].total or 0.0
+
+
+def _attempt(row: Row, action: Callable[[], _Result]) -> _Result | None:
+    """Run one part of a run; an exception marks its row and nothing else."""
+    try:
+        return action()
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        row.status = "failed"
+        row.message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        return None
+
+
+def _round(rate: float) -> float:
+    """Round to three significant digits, for a grid that can be read."""
+    return float(f"{rate:.3g}")
+
+
+def _describe(task: Task) -> dict[str, Any]:
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    return {
+        "name": task.name,
+        "num_parameters": num_parameters(params),
+        "num_train": task.num_train,
+        "num_test": task.num_test,
+    }
+
+
+def _machine() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "device_kind": device.device_kind,
+        "device_count": jax.device_count(),
+        "virtual_devices": device.platform == "cpu" and jax.device_count() > 1,
+        "versions": {
+            "dho2_optax": dho2_optax.__version__,
+            **{name: importlib.metadata.version(name) for name in ("jax", "optax", "flax", "numpy")},
+        },
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Return the git commit of the package, None if it is installed without one."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,165 @@
+"""What is trained: parameters, a loss and data, built here or by the user."""
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dho2_optax.poc import models
+from dho2_optax.poc.data import Dataset
+
+__all__ = ["Task", "TaskError", "from_dataset", "from_function"]
+
+
+class TaskError(ValueError):
+    """A user's task cannot be imported, or is no task."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model, its loss and its data.
+
+    Attributes:
+      name: shown in the report.
+      init: maps a PRNG key to the parameters.
+      loss_fn: maps (parameters, batch) to the mean loss of the batch, a scalar. A batch has the
+        structure of `train` with fewer samples.
+      train: the training data, a pytree of arrays whose leading axis counts the samples.
+      test: the test data, of the same structure.
+      accuracy: maps (parameters, batch) to the share of samples that are right, or None where
+        there is no such thing.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from dho2_optax.poc.tasks import Task
+      >>> x = np.ones((64, 3), np.float32)
+      >>> task = Task(
+      ...     name="line",
+      ...     init=lambda key: {"w": jnp.zeros(3)},
+      ...     loss_fn=lambda params, batch: jnp.mean((batch["x"] @ params["w"] - 1) ** 2),
+      ...     train={"x": x},
+      ...     test={"x": x},
+      ... )
+      >>> task.num_train
+      64
+    """
+
+    name: str
+    init: Callable[[jax.Array], Any]
+    loss_fn: Callable[[Any, Any], jax.Array]
+    train: Any
+    test: Any
+    accuracy: Callable[[Any, Any], jax.Array] | None = None
+
+    def __post_init__(self) -> None:
+        for part in ("train", "test"):
+            sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(getattr(self, part))}
+            if len(sizes) != 1 or () in sizes or (0,) in sizes:
+                raise TaskError(
+                    f"task {self.name!r}: the arrays of `{part}` must share a leading axis "
+                    f"of at least one sample, got {sorted(sizes)}"
+                )
+
+    @property
+    def num_train(self) -> int:
+        """Number of training samples."""
+        return len(jax.tree.leaves(self.train)[0])
+
+    @property
+    def num_test(self) -> int:
+        """Number of test samples."""
+        return len(jax.tree.leaves(self.test)[0])
+
+
+def from_dataset(model_name: str, data: Dataset) -> Task:
+    """Build the task of training a model of `models.MODELS` on labelled images.
+
+    The autoencoder reconstructs the images (binary cross entropy, summed over the pixels); the
+    others classify them (cross entropy).
+    """
+    model = models.build(model_name, data.num_classes)
+    example = jnp.zeros((1, *data.image_shape))
+
+    def init(key: jax.Array) -> Any:
+        return model.init(key, example)["params"]
+
+    def logits(params: Any, images: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, images)  # pyright: ignore[reportReturnType]
+
+    def reconstruction_loss(params: Any, batch: Any) -> jax.Array:
+        pixels = batch["images"].reshape(len(batch["images"]), -1)
+        losses = optax.sigmoid_binary_cross_entropy(logits(params, batch["images"]), pixels)
+        return losses.sum(axis=-1).mean()
+
+    def classification_loss(params: Any, batch: Any) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(logits(params, batch["images"]), batch["labels"]).mean()
+
+    def accuracy(params: Any, batch: Any) -> jax.Array:
+        return (logits(params, batch["images"]).argmax(axis=-1) == batch["labels"]).mean()
+
+    if model_name == models.AUTOENCODER:
+        train, test = {"images": data.train_images}, {"images": data.test_images}
+        return Task(model_name, init, reconstruction_loss, train, test)
+    train = {"images": data.train_images, "labels": data.train_labels}
+    test = {"images": data.test_images, "labels": data.test_labels}
+    return Task(model_name, init, classification_loss, train, test, accuracy)
+
+
+def from_function(reference: str) -> Task:
+    """Call a user's function that returns a `Task`.
+
+    Args:
+      reference: "module:function"; the module is imported with the current directory on the path.
+
+    Returns:
+      What the function returns.
+
+    Raises:
+      TaskError: if the reference is malformed, the import or the call fails, or the result is not
+        a task that can be differentiated.
+    """
+    module_name, colon, function_name = reference.partition(":")
+    if not (module_name and colon and function_name) or ":" in function_name:
+        raise TaskError(f"--task must look like module:function, got {reference!r}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:
+        raise TaskError(f"--task {reference}: {_describe(error)}") from error
+    if not callable(function):
+        raise TaskError(f"--task {reference}: {function_name} is not a function")
+    try:
+        task = function()
+    except Exception as error:
+        raise TaskError(f"--task {reference} failed: {_describe(error)}") from error
+    if not isinstance(task, Task):
+        raise TaskError(f"--task {reference} returned {type(task).__name__}, not a Task")
+    _check(task, reference)
+    return task
+
+
+def _check(task: Task, reference: str) -> None:
+    """Trace the loss of one sample, so that a mistake shows before anything is compiled."""
+
+    def first(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), tree)
+
+    try:
+        params = jax.eval_shape(task.init, jax.random.key(0))
+        loss = jax.eval_shape(task.loss_fn, params, first(task.train))
+    except Exception as error:
+        raise TaskError(f"--task {reference}: loss_fn failed: {_describe(error)}") from error
+    if getattr(loss, "shape", None) != ():
+        raise TaskError(f"--task {reference}: loss_fn must return a scalar, got {loss}")
+
+
+def _describe(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

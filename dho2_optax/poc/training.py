@@ -1,0 +1,280 @@
+"""One run: compile a training step, read its plan, run it, time every step."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dho2_optax import plan
+from dho2_optax.poc.optimizers import OPTIMIZERS, Context
+from dho2_optax.poc.tasks import Task
+
+__all__ = ["Evaluator", "Footprint", "Program", "Run", "Spec", "compile_program", "train"]
+
+_AXIS = "data"
+_MAX_EVALUATION_BATCH = 2000
+# Of LLVM: it takes half the time to compile.
+_UNOPTIMIZED: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+_COUNTERS = ("refreshes", "rejected_refreshes", "matvecs", "eigenvalue_max")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is run: everything that the compiled program depends on, besides the task."""
+
+    optimizer: str
+    learning_rate: float
+    num_devices: int
+    batch_size: int
+    num_steps: int
+    rank: int
+    refresh_interval: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """What a compiled step holds and communicates, per device, in bytes.
+
+    The parts of the memory: parameters, base state, curvature state, the device's share of the
+    batch, and temporaries add up to the total.
+    """
+
+    parameters: int
+    base_state: int
+    curvature_state: int
+    temporaries: int
+    total: int
+    traffic_per_step: float  # sent by one device with ring collectives, on every step
+    traffic_per_refresh: float  # the part of a refresh outside its loop
+    traffic_per_matvec: float  # the part of a refresh that each round of its loop repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled training step and what is needed to start it."""
+
+    spec: Spec
+    step: Any  # compiled: (params, state, batch) -> (params, state, loss, counters)
+    init_state: Any  # compiled: params -> optimizer state
+    state_shardings: Any
+    mesh: Mesh
+    compile_seconds: float
+    footprint: Footprint
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run measured."""
+
+    status: str  # "ok" or "diverged"
+    losses: list[float]  # of each step, before its update
+    seconds: list[float]  # of each step
+    refresh_steps: list[int]  # the steps in which the curvature was refreshed
+    counters: dict[str, float]  # the last values of the optimizer's own counters
+    test_loss: float | None
+    test_accuracy: float | None
+    eval_seconds: float
+
+
+class Evaluator:
+    """Computes the loss and accuracy of a task over its test data, on one device."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._compiled: dict[int, Any] = {}
+        size = min(task.num_test, _MAX_EVALUATION_BATCH)
+        self._starts = range(0, task.num_test, size)
+        self._size = size
+
+    def __call__(self, params: Any) -> tuple[float, float | None, float]:
+        """Return the mean loss, the accuracy if there is one, and the seconds it took."""
+        params = jax.tree.map(jnp.asarray, jax.device_get(params))
+        loss, accuracy, seconds = 0.0, 0.0, 0.0
+        for start in self._starts:
+            batch = jax.tree.map(lambda x, s=start: jnp.asarray(x[s : s + self._size]), self._task.test)
+            size = len(jax.tree.leaves(batch)[0])
+            if size not in self._compiled:
+                self._compiled[size] = jax.jit(self._measure).lower(params, batch).compile()
+            begin = time.perf_counter()
+            values = jax.device_get(self._compiled[size](params, batch))
+            seconds += time.perf_counter() - begin
+            loss += float(values[0]) * size / self._task.num_test
+            accuracy += float(values[1]) * size / self._task.num_test
+        return loss, accuracy if self._task.accuracy else None, seconds
+
+    def _measure(self, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        accuracy = self._task.accuracy
+        right = accuracy(params, batch) if accuracy else jnp.zeros(())
+        return self._task.loss_fn(params, batch), right
+
+
+def compile_program(task: Task, spec: Spec, *, to_run: bool = True) -> Program:
+    """Compile the training step of a task for some devices, and read its plan.
+
+    Nothing runs: parameters, state and batch are abstract.
+
+    Args:
+      task: what to train.
+      spec: with what, and on how many devices.
+      to_run: whether the program will run. If not, its machine code need not be fast; its plan,
+        made before any machine code, is the same.
+
+    Returns:
+      The program.
+    """
+    mesh = Mesh(np.array(jax.devices()[: spec.num_devices]), (_AXIS,))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    context = Context(
+        loss_fn=task.loss_fn,
+        mesh=mesh,
+        axis_name=_AXIS,
+        num_steps=spec.num_steps,
+        rank=spec.rank,
+        refresh_interval=spec.refresh_interval,
+    )
+    optimizer = OPTIMIZERS[spec.optimizer]
+    begin = time.perf_counter()
+    tx = optax.with_extra_args_support(optimizer.build(spec.learning_rate, context))
+    params = _abstract(jax.eval_shape(task.init, jax.random.key(0)), replicated)
+    init_state = jax.jit(tx.init).lower(params).compile()
+    state = jax.tree.map(
+        # Zeros that depend on no argument are left on one device: replicate them.
+        lambda x, s: _abstract(x, s if len(s.device_set) == mesh.size > 1 else replicated),
+        jax.eval_shape(tx.init, params),
+        init_state.output_shardings,
+    )
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((spec.batch_size, *x.shape[1:]), x.dtype, sharding=_batch_sharding(mesh)),
+        task.train,
+    )
+
+    def train_step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array, Any]:
+        loss, grads = jax.value_and_grad(task.loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        counters = _counters(state) if optimizer.hybrid else {}
+        return optax.apply_updates(params, updates), state, loss, counters
+
+    shardings = jax.tree.map(lambda x: x.sharding, (params, state))
+    step = (
+        jax.jit(train_step, donate_argnums=(0, 1), out_shardings=(*shardings, None, None))
+        .lower(params, state, batch)
+        .compile(None if to_run or jax.default_backend() != "cpu" else _UNOPTIMIZED)
+    )
+    seconds = time.perf_counter() - begin
+    footprint = _footprint(step, params, state, hybrid=optimizer.hybrid)
+    return Program(spec, step, init_state, shardings[1], mesh, seconds, footprint)
+
+
+def train(
+    task: Task,
+    program: Program,
+    seed: int,
+    evaluate: Evaluator,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Run:
+    """Train from a seed, waiting for every step so that its time is its own.
+
+    Placing the batch on the devices is not part of a step's time: it is the same for all.
+
+    Args:
+      task: what to train.
+      program: its compiled step.
+      seed: for the parameters and the order of the samples.
+      evaluate: measures the parameters at the end.
+      on_step: called after every step with its number and loss.
+
+    Returns:
+      The measurements; on the first loss that is not finite the run stops as "diverged".
+    """
+    spec = program.spec
+    batches = _batches(task, spec.batch_size, seed, program.mesh)
+    # Warm-up: the first call of a program is slower. Its results are dropped.
+    first = next(batches)
+    jax.block_until_ready(program.step(*_start(task, program, seed), first))
+    params, state = _start(task, program, seed)
+    run = Run("ok", [], [], [], {}, None, None, 0.0)
+    batch, refreshes = first, 0
+    for step in range(spec.num_steps):
+        begin = time.perf_counter()
+        params, state, loss, counters = program.step(params, state, batch)
+        jax.block_until_ready((params, state, loss))
+        run.seconds.append(time.perf_counter() - begin)
+        run.losses.append(float(loss))
+        run.counters = {name: float(value) for name, value in counters.items()}
+        if run.counters.get("refreshes", 0) > refreshes:
+            refreshes = run.counters["refreshes"]
+            run.refresh_steps.append(step)
+        on_step(step, run.losses[-1])
+        if not math.isfinite(run.losses[-1]):
+            run.status = "diverged"
+            return run
+        batch = next(batches)
+    run.test_loss, run.test_accuracy, run.eval_seconds = evaluate(params)
+    if not math.isfinite(run.test_loss):
+        run.status = "diverged"
+    return run
+
+
+def _batches(task: Task, batch_size: int, seed: int, mesh: Mesh) -> Iterator[Any]:
+    """Yield shuffled batches for ever; the remainder of each epoch is dropped."""
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(task.num_train)
+        for start in range(0, task.num_train - batch_size + 1, batch_size):
+            rows = order[start : start + batch_size]
+            batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], task.train)
+            yield jax.block_until_ready(jax.device_put(batch, _batch_sharding(mesh)))
+
+
+def _start(task: Task, program: Program, seed: int) -> tuple[Any, Any]:
+    replicated = NamedSharding(program.mesh, PartitionSpec())
+    params = jax.device_put(jax.jit(task.init)(jax.random.key(seed)), replicated)
+    state = jax.device_put(program.init_state(params), program.state_shardings)
+    return params, state
+
+
+def _batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(_AXIS))
+
+
+def _abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _counters(state: Any) -> dict[str, jax.Array]:
+    import dho2_optax
+
+    values = dho2_optax.metrics(state)
+    return {name: values[name] for name in _COUNTERS if name in values}
+
+
+def _footprint(step: Any, params: Any, state: Any, *, hybrid: bool) -> Footprint:
+    memory = plan.memory(step)
+    state_bytes = plan.tree_bytes_per_device(state)
+    base_bytes = plan.tree_bytes_per_device(state.base_state) if hybrid else state_bytes
+    per_step = per_refresh = per_matvec = 0.0
+    for operation in plan.collectives(step):
+        traffic = operation.traffic * (1 if operation.trips is None else operation.trips)
+        if not operation.in_branch:
+            per_step += traffic
+        elif operation.trips is None:
+            per_matvec += traffic
+        else:
+            per_refresh += traffic
+    return Footprint(
+        parameters=plan.tree_bytes_per_device(params),
+        base_state=base_bytes,
+        curvature_state=state_bytes - base_bytes,
+        temporaries=memory.temp,
+        total=memory.total,
+        traffic_per_step=per_step,
+        traffic_per_refresh=per_refresh,
+        traffic_per_matvec=per_matvec,
+    )

@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dho2_optax.poc import models, tasks
+from dho2_optax.poc.data import Dataset
+
+
+def _dataset(shape, count=16):
+    rng = np.random.default_rng(0)
+    images = rng.uniform(size=(count, *shape)).astype(np.float32)
+    labels = (np.arange(count) % 10).astype(np.int32)
+    return Dataset("noise", images, labels, images[:4], labels[:4])
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3)])
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_every_model_takes_every_image_shape(name, shape):
+    task = tasks.from_dataset(name, _dataset(shape))
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    loss, grads = jax.eval_shape(jax.value_and_grad(task.loss_fn), params, task.train)
+    assert loss.shape == ()
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    assert models.num_parameters(params) > 1000
+
+
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_the_loss_of_a_batch_is_the_mean_of_its_parts(name):
+    task = tasks.from_dataset(name, _dataset((8, 8, 1)))
+    params = jax.jit(task.init)(jax.random.key(0))
+    loss_fn = jax.jit(task.loss_fn)
+    whole = loss_fn(params, task.train)
+    halves = [loss_fn(params, jax.tree.map(lambda x, s=s: x[s], task.train)) for s in (slice(0, 8), slice(8, 16))]
+    np.testing.assert_allclose(whole, np.mean(halves), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_a_hessian_vector_product_goes_through_every_model(name):
+    task = tasks.from_dataset(name, _dataset((8, 8, 1)))
+
+    @jax.jit
+    def product(key):
+        params = task.init(key)
+        tangent = jax.tree.map(jnp.ones_like, params)
+        gradient = jax.grad(lambda p: task.loss_fn(p, task.train))
+        return jax.jvp(gradient, (params,), (tangent,))[1]
+
+    leaves = jax.tree.leaves(product(jax.random.key(0)))
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
+    assert any(bool(jnp.any(leaf != 0)) for leaf in leaves)
+
+
+def test_accuracy_counts_what_is_right():
+    task = tasks.from_dataset("mlp", _dataset((8, 8, 1)))
+    params = jax.tree.map(jnp.zeros_like, task.init(jax.random.key(0)))
+    # All logits are equal, so class 0 is predicted: right in 2 of 16.
+    assert task.accuracy is not None
+    assert float(task.accuracy(params, task.train)) == pytest.approx(2 / 16)
+    assert tasks.from_dataset("autoencoder", _dataset((8, 8, 1))).accuracy is None
+
+
+def test_an_unknown_model_is_named():
+    with pytest.raises(ValueError, match="unknown model 'vit': choose from mlp, cnn"):
+        models.build("vit", 10)
+
+
+@pytest.mark.parametrize(
+    ("train", "shown"),
+    [({"x": np.ones((0, 3))}, r"\[\(0,\)\]"), ({"x": np.ones(3), "y": np.ones(4)}, "3"), ({}, "")],
+)
+def test_a_task_checks_its_samples(train, shown):
+    with pytest.raises(tasks.TaskError, match=f"must share a leading axis.*{shown}"):
+        tasks.Task("t", lambda key: 0, lambda p, b: jnp.zeros(()), train, {"x": np.ones(3)})

@@ -1,0 +1,244 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from dho2_optax.poc import report, results, runner, tasks, training
+from dho2_optax.poc.results import Results, Row
+
+
+def _row(optimizer, losses, *, devices=8, seed=0, status="ok", refresh_steps=(), **fields):
+    row = Row("mlp", optimizer, devices, seed, 0.1, status, **fields)
+    row.losses, row.seconds = (
+        list(losses),
+        [0.5 if i in refresh_steps else 0.1 for i in range(len(losses))],
+    )
+    row.refresh_steps = list(refresh_steps)
+    row.measure()
+    return row
+
+
+def _results(*rows, **settings):
+    names = list(dict.fromkeys(row.optimizer for row in rows))
+    given = {"optimizers": names, "devices": [8], "tune": False, "seeds": [0], "data": "digits"}
+    given |= {"batch_size": 8, "num_steps": 20, "rank": 2, "refresh_interval": 5, "command": "x"}
+    machine = {"virtual_devices": True, "device_kind": "cpu", "device_count": 8, "date": "today"}
+    machine |= {"cpu": "a cpu", "cores": 2, "platform": "here", "versions": {"jax": "1"}}
+    machine |= {"commit": None}
+    task = {"name": "mlp", "num_parameters": 10, "num_train": 20, "num_test": 10_000}
+    found = Results(machine=machine, settings=given | settings, tasks=[task], status="complete")
+    found.rows = list(rows)
+    return found
+
+
+def _decay(rate, count=20):
+    return [math.exp(-rate * i) for i in range(count)]
+
+
+def test_smoothing_is_a_trailing_mean():
+    losses = np.random.default_rng(0).uniform(size=100)
+    smooth = results.smoothed(losses)
+    assert np.isinf(smooth[:4]).all()
+    for i in (4, 50, 99):
+        assert smooth[i] == pytest.approx(losses[i - 4 : i + 1].mean())
+
+
+def test_the_target_is_the_best_baseline_and_counts_steps_and_seconds():
+    found = _results(
+        _row("sgd", _decay(0.1)),
+        _row("adam", _decay(0.2)),
+        _row("dho2", _decay(0.4), refresh_steps=[5]),
+    )
+    found.aim(None)
+    [target] = found.targets
+    assert target.loss == pytest.approx(1.01 * math.exp(-0.2 * 19))
+    assert "adam" in target.origin
+    sgd, adam, hybrid = found.rows
+    assert sgd.steps_to_target is None
+    assert adam.steps_to_target == 20
+    assert hybrid.steps_to_target == 11  # exp(-0.4 * 10) is the first below
+    assert hybrid.seconds_to_target == pytest.approx(10 * 0.1 + 0.5)
+
+
+def test_a_given_target_is_used():
+    found = _results(_row("sgd", _decay(0.1)))
+    found.aim(0.5)
+    assert found.targets[0].loss == 0.5
+    assert found.rows[0].steps_to_target == 8
+
+
+def test_a_refresh_costs_what_it_adds_to_a_step():
+    row = _row("dho2", _decay(0.1), refresh_steps=[5, 10])
+    assert row.refresh_seconds == pytest.approx(0.4)
+    assert row.step_seconds_median == pytest.approx(0.1)
+    assert row.step_seconds_p99 > 0.4
+
+
+def test_seeds_are_combined_by_their_median_and_failures_are_counted():
+    rows = [_row("sgd", _decay(r), seed=i) for i, r in enumerate((0.1, 0.2, 0.3))]
+    rows.append(_row("sgd", [1.0, math.nan], seed=3, status="diverged"))
+    [summary] = results.summarize(rows)
+    assert summary["final_loss"] == pytest.approx(math.exp(-0.2 * 19))
+    assert summary.status == "diverged in 1 of 4"
+
+
+def test_findings_name_wins_and_losses():
+    found = _results(
+        _row("sgd", _decay(0.2), test_accuracy=0.95),
+        _row("dho2", _decay(0.4), refresh_steps=[2, 3, 4, 5, 6], test_accuracy=0.90),
+    )
+    found.aim(None)
+    said = results.findings(found)
+    assert any("11 against 20 steps of sgd" in text for text in said["wins"])
+    assert any("3.10 against 2.00 seconds" in text for text in said["does_not_win"])
+    assert any("90.0% test accuracy, sgd at 95.0%" in text for text in said["does_not_win"])
+
+
+def test_a_small_test_set_cannot_tell_accuracies_apart():
+    rows = _row("sgd", _decay(0.2), test_accuracy=0.98), _row("dho2", _decay(0.2), test_accuracy=1.0)
+    found = _results(*rows)
+    assert any("100.0% test accuracy" in text for text in results.findings(found)["wins"])
+    found.tasks[0]["num_test"] = 100
+    said = results.findings(found)
+    assert not any("accuracy" in text for text in said["wins"])
+    assert any("no difference that 100 samples" in text for text in said["does_not_win"])
+
+
+def test_findings_say_when_a_hybrid_never_gets_there():
+    found = _results(_row("sgd", _decay(0.2)), _row("fosi", _decay(0.1)))
+    found.aim(None)
+    said = results.findings(found)
+    assert not said["wins"]
+    assert any("fosi never reaches the target" in text for text in said["does_not_win"])
+
+
+def test_findings_compare_memory_between_device_counts():
+    def sized(devices, size, status):
+        row = Row("mlp", "dho2", devices, None, 0.1, status)
+        row.base_state_bytes, row.curvature_state_bytes = size // 4, size - size // 4
+        return row
+
+    found = _results(sized(1, 8000, "compiled"), sized(8, 1000, "compiled"))
+    [text] = results.findings(found)["memory"]
+    assert "8 kB on 1 device and 1 kB on each of 8: 8.00 times less (the ideal is 8)" in text
+
+
+def test_results_are_json_even_when_a_loss_is_not_a_number(tmp_path):
+    found = _results(_row("sgd", [1.0, math.inf, math.nan], status="diverged"))
+    path = tmp_path / "results.json"
+    found.save(path)
+    found.save(path)
+    loaded = json.loads(path.read_text())
+    assert loaded["rows"][0]["losses"] == [1.0, None, None]
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_the_report_marks_what_went_wrong_and_escapes_it(tmp_path):
+    failed = Row("mlp", "fosi", 8, 0, 0.1, "failed", message="ValueError: <b>no</b>")
+    found = _results(_row("sgd", _decay(0.1)), failed)
+    found.status = "interrupted"
+    found.aim(None)
+    page = report.write_html(found, tmp_path).read_text()
+    assert "ValueError: &lt;b&gt;no&lt;/b&gt;" in page
+    assert "Interrupted." in page
+    assert "virtual" in page
+    assert "--tune" in page
+
+
+def test_a_report_without_any_run(tmp_path):
+    found = _results()
+    found.status = "interrupted"
+    page = report.write_html(found, tmp_path).read_text()
+    assert "No run got this far" in page
+
+
+def _bowl(curvature):
+    x = np.ones((8, 1), np.float32)
+    return tasks.Task(
+        name="bowl",
+        init=lambda key: {"w": np.ones(2, np.float32)},
+        loss_fn=lambda params, batch: curvature * (params["w"] ** 2).sum() * batch["x"].mean(),
+        train={"x": x},
+        test={"x": x},
+    )
+
+
+def _settings(**changes):
+    given = {
+        "data": "bowl",
+        "optimizers": ("sgd",),
+        "devices": (1,),
+        "compiled_devices": (),
+        "batch_size": 8,
+        "num_steps": 10,
+        "target": None,
+        "learning_rates": {},
+        "tune": False,
+        "seeds": (0,),
+        "rank": 2,
+        "refresh_interval": 5,
+        "command": "test",
+    }
+    return runner.Settings(**(given | changes))
+
+
+def _run(tmp_path, task, **changes):
+    from rich.console import Console
+
+    return runner.run(_settings(**changes), [task], tmp_path, Console(quiet=True))
+
+
+def test_tuning_takes_the_best_of_the_grid_and_widens_it_at_its_edge(tmp_path):
+    # The best rate is far below the default of 0.1, where the grid starts at 0.01.
+    found = _run(tmp_path, _bowl(300.0), tune=True)
+    [search] = found.tuning
+    assert search.widened
+    assert search.learning_rates == [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
+    finite = [loss for loss in search.final_losses if loss is not None]
+    assert search.chosen == search.learning_rates[search.final_losses.index(min(finite))]
+    assert found.rows[0].learning_rate == search.chosen
+    inside = _run(tmp_path, _bowl(10.0), tune=True)
+    assert not inside.tuning[0].widened
+    assert len(inside.tuning[0].learning_rates) == 5
+
+
+def test_an_exception_in_one_run_marks_its_row_and_the_others_go_on(tmp_path, monkeypatch):
+    real = training.train
+
+    def fail_once(task, program, seed, *rest):
+        if seed == 1:
+            raise RuntimeError("out of luck\nand more")
+        return real(task, program, seed, *rest)
+
+    monkeypatch.setattr(runner, "train", fail_once)
+    found = _run(tmp_path, _bowl(1.0), seeds=(0, 1, 2))
+    assert [row.status for row in found.rows] == ["ok", "failed", "ok"]
+    assert found.rows[1].message == "RuntimeError: out of luck"
+    assert found.status == "complete"
+
+
+def test_an_interrupt_keeps_what_is_done(tmp_path, monkeypatch):
+    real = training.train
+
+    def interrupt_later(task, program, seed, *rest):
+        if seed == 2:
+            raise KeyboardInterrupt
+        return real(task, program, seed, *rest)
+
+    monkeypatch.setattr(runner, "train", interrupt_later)
+    found = _run(tmp_path, _bowl(1.0), seeds=(0, 1, 2, 3))
+    assert found.status == "interrupted"
+    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 2
+
+
+def test_counts_that_are_only_compiled_are_marked_and_measured(tmp_path):
+    found = _run(tmp_path, _bowl(1.0), devices=(4,), compiled_devices=(1, 2))
+    assert [(row.devices, row.status) for row in found.rows] == [
+        (4, "ok"),
+        (1, "compiled"),
+        (2, "compiled"),
+    ]
+    assert all(row.total_bytes for row in found.rows)
+    assert "compiled only" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "memory-bowl.png").exists()
