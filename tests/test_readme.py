@@ -1,0 +1,43 @@
+"""The README's code runs as it stands."""
+
+import re
+import sys
+from pathlib import Path
+
+import jax
+
+from dho2_optax.poc import tasks
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def _blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_python_blocks_run_in_order(capsys):
+    names: dict[str, object] = {}
+    blocks = [block for block in _blocks() if not block.startswith("# line.py")]
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, names)
+    loss, _ = capsys.readouterr().out.splitlines()[0].split()
+    assert float(loss) < 0.05
+    stack = names["state"].spectrum.eigenvectors["w"]
+    assert stack.sharding.shard_shape(stack.shape)[1] == stack.shape[1] // jax.device_count()
+
+
+def test_task_example_is_a_task(tmp_path, monkeypatch):
+    [block] = [block for block in _blocks() if block.startswith("# line.py")]
+    (tmp_path / "line.py").write_text(block)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "line", raising=False)
+    task = tasks.from_function("line:make")
+    params = task.init(jax.random.key(0))
+    assert float(task.loss_fn(params, task.test)) > 0
+
+
+def test_the_two_commands_are_single_lines():
+    lines = README.read_text().splitlines()
+    assert sum(line.startswith("python3 -m venv") and line.endswith(" poc") for line in lines) == 1
+    assert sum(line.startswith("python3 -m venv") and line.endswith(" pytest") for line in lines) == 1
