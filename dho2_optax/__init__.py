@@ -3,11 +3,16 @@
 from dho2_optax._version import __version__
 from dho2_optax.curvature import gauss_newton, hessian
 from dho2_optax.eigensolver import Spectrum, lanczos
+from dho2_optax.monitor import get_spectrum as spectrum
+from dho2_optax.monitor import metrics
 from dho2_optax.parallel import state_specs
-from dho2_optax.transform import DHO2State, MultiSteps, dho2, fosi, metrics
-from dho2_optax.transform import get_spectrum as spectrum
+from dho2_optax.roles import CurvatureGroup
+from dho2_optax.state import DHO2State
+from dho2_optax.streaming import value_grad_and_hvp
+from dho2_optax.transform import MultiSteps, dho2, fosi, mr_dho2
 
 __all__ = [
+    "CurvatureGroup",
     "DHO2State",
     "MultiSteps",
     "Spectrum",
@@ -18,6 +23,8 @@ __all__ = [
     "hessian",
     "lanczos",
     "metrics",
+    "mr_dho2",
     "spectrum",
     "state_specs",
+    "value_grad_and_hvp",
 ]

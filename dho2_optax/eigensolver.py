@@ -71,15 +71,32 @@ def selected(pairs: RitzPairs, rank: int, num_smallest: int, select: Select) -> 
     return jnp.clip(jnp.concatenate([smallest, largest]), 0, order - 1), exists
 
 
+def usable(
+    pairs: RitzPairs,
+    rank: int,
+    num_smallest: int,
+    select: Select,
+    max_residual: jax.typing.ArrayLike,
+    partial: jax.typing.ArrayLike = False,
+) -> tuple[jax.Array, jax.Array]:
+    r"""Indices of the wanted pairs, and whether each exists and has converged.
+
+    That is, has a residual of at most ``max_residual * |lambda|_max``. Of a `partial` process, one that will go on, it
+    is asked to be small against the pair's own eigenvalue: what else is steep is not known yet.
+    """
+    index, exists = selected(pairs, rank, num_smallest, select)
+    magnitude = jnp.where(exists, jnp.abs(pairs.values[index]), 0)
+    unit = jnp.where(partial, magnitude, jnp.max(magnitude))
+    return index, exists & (pairs.residuals[index] <= max_residual * unit)
+
+
 def converged(
     rank: int, num_smallest: int, select: Select, tolerance: jax.typing.ArrayLike
 ) -> Callable[[RitzPairs], jax.Array]:
     r"""The stopping rule: every wanted pair has a residual of at most ``tolerance * |lambda|_max``."""
 
     def is_done(pairs: RitzPairs) -> jax.Array:
-        index, exists = selected(pairs, rank, num_smallest, select)
-        bound = tolerance * jnp.max(jnp.abs(pairs.values[index]))
-        return jnp.all(exists & (pairs.residuals[index] <= bound))
+        return jnp.all(usable(pairs, rank, num_smallest, select, tolerance)[1])
 
     return is_done
 
@@ -92,20 +109,21 @@ def publish(
     max_residual: jax.typing.ArrayLike,
     *,
     drop_null: bool = False,
+    partial: jax.typing.ArrayLike = False,
 ) -> Spectrum:
     r"""The wanted Ritz pairs of a Lanczos process; one pass over its basis.
 
-    Pairs that do not exist, or whose residual exceeds ``max_residual * |lambda|_max``, are masked out; with `drop_null`
-    also those whose eigenvalue is zero to rounding, along which a Newton step has no meaning.
+    Pairs that are not :func:`usable` are masked out; with `drop_null` also those whose eigenvalue is zero to rounding,
+    along which a Newton step has no meaning.
     """
     pairs = krylov.ritz(state)
     index, exists = selected(pairs, rank, num_smallest, select)
     eigenvalues = jnp.where(exists, pairs.values[index], 0)
     residuals = jnp.where(exists, pairs.residuals[index], 0)
-    largest = jnp.max(jnp.abs(eigenvalues))
-    mask = exists & (residuals <= max_residual * largest)
+    mask = usable(pairs, rank, num_smallest, select, max_residual, partial)[1]
     if drop_null:
-        mask = mask & (jnp.abs(eigenvalues) > 4 * jnp.finfo(eigenvalues.dtype).eps * largest)
+        magnitude = jnp.abs(eigenvalues)
+        mask = mask & (magnitude > 4 * jnp.finfo(eigenvalues.dtype).eps * jnp.max(magnitude))
     coefficients = pairs.coefficients[:, index].T
     # Of the two signs the one that points along the start vector: a warm start adds the vectors up, and must not
     # depend on how rounding turned them.

@@ -32,7 +32,7 @@ _BREAKDOWN = 4  # a product that adds less than this many rounding errors to the
 class LanczosState(NamedTuple):
     """A Lanczos process between two matvecs."""
 
-    basis: Stack  # `order` rows, orthonormal up to and with row `count`, zero beyond
+    basis: Stack  # `order` rows, orthonormal up to and with row `count`; what lies beyond means nothing
     vector: Vector  # unit norm: row `count`, to be multiplied; zero once the space is exhausted
     projected: jax.Array  # shape=(order, order): column j holds <q_i, A q_j>
     beta: jax.Array  # shape=(): norm of what the last product adds to the space
@@ -90,16 +90,36 @@ def start(
 ) -> LanczosState:
     """A process of at most `order` products that starts at `vector`, of any non-zero norm."""
     basis = vectors.zero_stack(order, vector, dtype)
+    unit = _unit(vector, basis, axis_name)
+    return _without_basis(basis, unit, seed)._replace(basis=vectors.set_row(basis, 0, unit))
+
+
+def restart(
+    state: LanczosState, vector: Vector, *, seed: jax.Array, condition: jax.Array, axis_name: str | None = None
+) -> LanczosState:
+    """Where `condition` holds, a new process that starts at `vector` in the buffers of `state`; else `state`."""
+    unit = _unit(vector, state.basis, axis_name)
+    fresh = _without_basis(state.basis, unit, seed)
+    chosen = jax.tree.map(lambda new, old: jnp.where(condition, new, old), fresh, state._replace(basis=()))
+    row = jax.tree.map(lambda new, old: jnp.where(condition, new, old), unit, vectors.row(state.basis, 0))
+    return chosen._replace(basis=vectors.set_row(state.basis, 0, row))
+
+
+def _unit(vector: Vector, basis: Stack, axis_name: str | None) -> Vector:
+    return vectors.cast_like(vectors.scale(1 / vectors.norm(vector, axis_name), vector), basis)
+
+
+def _without_basis(basis: Stack, unit: Vector, seed: jax.Array) -> LanczosState:
+    """A process that has taken no product, with `basis` left out."""
     number = vectors.accumulation_dtype(basis)
-    unit = vectors.scale(1 / vectors.norm(vector, axis_name), vector)
-    zero = jnp.zeros((), number)
-    unit = jax.tree.map(lambda x, b: x.astype(b.dtype), unit, basis)
+    order = jax.tree.leaves(basis)[0].shape[0]
+    # No array stands for two fields: a state with shared buffers could not be donated.
     return LanczosState(
-        basis=vectors.set_row(basis, 0, unit),
+        basis=(),
         vector=unit,
         projected=jnp.zeros((order, order), number),
-        beta=zero,
-        scale=zero,
+        beta=jnp.zeros((), number),
+        scale=jnp.zeros((), number),
         count=jnp.zeros((), jnp.int32),
         restart=jnp.zeros((), jnp.int32),
         exhausted=jnp.zeros((), bool),
@@ -107,11 +127,22 @@ def start(
     )
 
 
-def _project_out(basis: Stack, w: Vector, axis_name: str | None) -> tuple[Vector, jax.Array, jax.Array]:
-    """One classical Gram-Schmidt pass: ``w - Q'Qw``, the coefficients ``Qw``, and the norms before and after."""
+def is_finite(state: LanczosState) -> jax.Array:
+    """Whether all products taken so far were finite."""
+    return jnp.all(jnp.isfinite(state.projected)) & jnp.isfinite(state.beta)
+
+
+def _project_out(
+    basis: Stack, last: jax.Array, w: Vector, axis_name: str | None
+) -> tuple[Vector, jax.Array, jax.Array]:
+    """One classical Gram-Schmidt pass: ``w - Q'Qw``, the coefficients ``Qw``, and the norms before and after.
+
+    With :math:`Q` the rows up to and with `last`.
+    """
     local = jnp.append(vectors.dots(basis, w), vectors.dot(w, w))
     sums = local if axis_name is None else lax.psum(local, axis_name)
-    coefficients, norm_before = sums[:-1], jnp.sqrt(sums[-1])
+    norm_before = jnp.sqrt(sums[-1])
+    coefficients = jnp.where(jnp.arange(sums.size - 1) <= last, sums[:-1], 0)
     w = vectors.subtract(w, vectors.combine(coefficients, basis))
     return w, coefficients, jnp.stack([norm_before, vectors.norm(w, axis_name)])
 
@@ -158,10 +189,10 @@ def extend(state: LanczosState, product: Vector, like: Vector, axis_name: str | 
     )
 
     # The second pass, against the whole basis.
-    w, column, (norm_before, norm) = _project_out(basis, w, axis_name)
+    w, column, (norm_before, norm) = _project_out(basis, j, w, axis_name)
     if _FILLS * state.projected.shape[0] > sum(leaf.size for leaf in jax.tree.leaves(like)):
         # In a small space little of a vector is left; what is must be orthogonalised again.
-        w, more, (_, norm) = _project_out(basis, w, axis_name)
+        w, more, (_, norm) = _project_out(basis, j, w, axis_name)
         column = column + more
     exhausted = norm <= jnp.sqrt(epsilon) * norm_before
     beta = jnp.where(lost, jnp.nan, jnp.where(breakdown | exhausted, 0, norm))
@@ -198,20 +229,25 @@ def _two_dots(x: Vector, w: Vector, axis_name: str | None) -> tuple[jax.Array, j
 def ritz(state: LanczosState) -> RitzPairs:
     r"""The Rayleigh-Ritz pairs of the space built so far.
 
-    The residual of the pair :math:`(\theta_i, y_i)` with :math:`y_i = Q^\top s_i` is
-    :math:`|\beta\, s_{ji}|`, with :math:`j` the last row of the basis.
+    With :math:`W = Q^\top T + \beta\, q_{j+1} e_j^\top` the products of all rows of the basis, the residual of the pair
+    :math:`(\theta_i, y_i)`, :math:`y_i = Q^\top s_i`, is
+    :math:`\|W s_i - \theta_i y_i\|^2 = \|(T - T^\top) s_i / 2\|^2 + (\beta s_{ji})^2`. The first part is rounding
+    where the operator stands still; where it moves while it is probed, it tells by how much.
     """
     order = state.projected.shape[0]
     index = jnp.arange(order)
     valid = index < state.count
-    matrix = jnp.where(valid[:, None] & valid[None, :], state.projected, 0)
-    matrix = (matrix + matrix.T) / 2
+    projected = jnp.where(valid[:, None] & valid[None, :], state.projected, 0)
+    matrix = (projected + projected.T) / 2
+    asymmetry = (projected - projected.T) / 2
     # Rows not yet filled get eigenvalues above all others, so that the valid pairs come first.
     beyond = 2 * jnp.sqrt(jnp.sum(matrix**2)) + 1
     matrix = matrix + jnp.diag(jnp.where(valid, jnp.zeros_like(beyond), beyond))
     values, coefficients = jnp.linalg.eigh(matrix, symmetrize_input=False)
-    last_row = coefficients[jnp.maximum(state.count - 1, 0)]
-    return RitzPairs(values, jnp.abs(state.beta * last_row), coefficients, state.count)
+    coefficients = jnp.where(valid[:, None], coefficients, 0)
+    outside = state.beta * coefficients[jnp.maximum(state.count - 1, 0)]
+    inside = jnp.linalg.norm(jnp.dot(asymmetry, coefficients, precision=lax.Precision.HIGHEST), axis=0)
+    return RitzPairs(values, jnp.hypot(outside, inside), coefficients, state.count)
 
 
 def run(

@@ -90,14 +90,14 @@ def over_mesh(
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         specs = state_specs(local.init, params, axis_name)
-        batch = extra.pop("batch", None)
+        arrays = {name: extra.pop(name) for name in ("batch", "hvp") if extra.get(name) is not None}
 
-        def local_update(updates: Any, state: Any, params: Any, batch: Any) -> tuple[Any, Any]:
-            batch = {} if batch is None else {"batch": batch}
-            return local.update(updates, state, params, **batch, **extra)
+        def local_update(updates: Any, state: Any, params: Any, arrays: Any) -> tuple[Any, Any]:
+            return local.update(updates, state, params, **arrays, **extra)
 
-        in_specs = (replicated, specs, replicated, batch_specs(batch, mesh, axis_name))
-        run = shard_map(local_update, in_specs, (replicated, specs))
-        return run(updates, state, params, batch)
+        specs_of = {"batch": lambda batch: batch_specs(batch, mesh, axis_name), "hvp": lambda hvp: replicated}
+        array_specs = {name: specs_of[name](value) for name, value in arrays.items()}
+        run = shard_map(local_update, (replicated, specs, replicated, array_specs), (replicated, specs))
+        return run(updates, state, params, arrays)
 
     return optax.GradientTransformationExtraArgs(init, update)

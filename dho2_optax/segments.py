@@ -119,6 +119,24 @@ def gather(segments: Vector, like: Vector, axis_name: str | None) -> Vector:
     return jax.tree.map(shard_as, _by_dtype(gather_group, segments, like), like)
 
 
+def whole(tree: Vector, like: Vector, axis_name: str | None) -> Vector:
+    """The whole vector, from segments where `axis_name` is bound, or from the global view of them where it is not.
+
+    Where nothing is split the vector itself.
+    """
+    if axis_name is not None and bound_axis_size(axis_name) is not None:
+        return gather(tree, like, axis_name)
+
+    def unflatten(x: jax.Array, shaped: jax.Array) -> jax.Array:
+        if x.shape == shaped.shape:
+            return x
+        if vectors.is_explicitly_sharded(x):
+            x = jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()))
+        return x[: shaped.size].reshape(shaped.shape)
+
+    return jax.tree.map(unflatten, tree, like)
+
+
 def reduce_scatter_mean(tree: Vector, axis_name: str | None) -> Vector:
     """This device's segment of the mean of `tree` over the devices; one reduce-scatter."""
     if axis_name is None:

@@ -46,13 +46,17 @@ def base_scale(spectrum: Spectrum, num_smallest: int, limit: ArrayLike) -> jax.A
     r"""The factor :math:`\sigma = \text{clip}(|\lambda|_{\max} / |\lambda|_k, 1, \text{limit})` of the base's step.
 
     Once the steep directions are taken out, the steepest that is left has a curvature of at most
-    :math:`|\lambda|_k`, the smallest of the largest pairs, and the base may step further (FOSI, section 4.2).
+    :math:`|\lambda|_k`, the smallest of the largest pairs, and the base may step further (FOSI, section 4.2). Where a
+    pair is masked out, and so left to the base, the largest eigenvalue that it may stand for counts too, its Ritz value
+    plus its residual.
     """
     magnitude = jnp.abs(spectrum.eigenvalues[num_smallest:])
+    residuals = spectrum.residuals[num_smallest:]
     mask = spectrum.mask[num_smallest:] & (magnitude > 0)
     largest = jnp.max(jnp.where(mask, magnitude, 0), initial=0)
     smallest = jnp.min(jnp.where(mask, magnitude, jnp.inf), initial=jnp.inf)
-    ratio = jnp.where(jnp.any(mask), largest / smallest, 1)
+    left = jnp.maximum(smallest, jnp.max(jnp.where(mask, 0, magnitude + residuals), initial=0))
+    ratio = jnp.where(jnp.any(mask), largest / left, 1)
     return jnp.clip(ratio, 1, jnp.maximum(limit, 1)).astype(magnitude.dtype)
 
 

@@ -1,7 +1,7 @@
-"""The optimizers: `dho2`, its published one-device ancestor `fosi`, and `MultiSteps` for gradient accumulation."""
+"""The optimizers: `dho2`, `mr_dho2`, their published ancestor `fosi`, and `MultiSteps` for gradient accumulation."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,42 +10,17 @@ from jax.sharding import Mesh
 
 from dho2_optax import curvature as curvature_lib
 from dho2_optax import eigensolver, krylov, parallel, segments, vectors
+from dho2_optax import refresh as refresh_lib
 from dho2_optax.curvature import LossFn, Operator
 from dho2_optax.eigensolver import STATIC_HINT, Select, Spectrum
-from dho2_optax.subspace import Damping, base_scale, hybrid_step, rotate_state
+from dho2_optax.masking import any_hidden, fill, hide
+from dho2_optax.refresh import Refresh, Solver, Source
+from dho2_optax.state import DHO2State
+from dho2_optax.streaming import streaming
+from dho2_optax.subspace import Damping, base_scale, hybrid_step
 from dho2_optax.vectors import Vector
 
 ArrayLike = jax.typing.ArrayLike
-
-
-class DHO2State(NamedTuple):
-    """The state of `dho2` and `fosi`."""
-
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # shape=(), dtype=int32: updates made
-    spectrum: Spectrum  # the eigenpairs in use
-    subspace_state: optax.OptState  # of the optimizer of the k coordinates
-    base_state: optax.OptState  # of the base; on segments where the base runs on them
-    sigma: jax.Array  # shape=(): factor of the base's step at the last update
-    refreshes: jax.Array  # shape=(), dtype=int32: spectra installed
-    rejected: jax.Array  # shape=(), dtype=int32: spectra thrown away because a number was not finite
-    matvecs: jax.Array  # shape=(), dtype=int32: curvature products made so far
-    refreshed_at: jax.Array  # shape=(), dtype=int32: `count` at the last installed refresh
-
-
-class _Solver(NamedTuple):
-    """How eigenpairs are found."""
-
-    rank: int
-    num_smallest: int
-    order: int
-    select: Select
-    tolerance: ArrayLike
-    max_residual: ArrayLike
-    start: Callable[[Spectrum, jax.Array, Vector, str | None], Vector]  # see `_warm_start`
-
-    @property
-    def num_pairs(self) -> int:
-        return self.rank + self.num_smallest
 
 
 def dho2(
@@ -56,7 +31,7 @@ def dho2(
     num_smallest: int = 0,
     alpha: ArrayLike | optax.Schedule = 0.1,
     subspace: optax.GradientTransformation | None = None,
-    refresh_interval: ArrayLike = 100,
+    refresh_interval: ArrayLike | None = 100,
     warmup_steps: ArrayLike | None = None,
     order: int | None = None,
     tolerance: ArrayLike = 1e-2,
@@ -106,7 +81,7 @@ def dho2(
       subspace: optimizer of the ``rank`` coordinates, linear in the gradient: ``optax.trace(0.9)`` is heavy ball,
         ``optax.ema(0.9, debias=False)`` averages as Adam does. When the subspace changes, its state is carried over
         so that the Newton step it stands for stays the same. Default: ``optax.ema(0.9, debias=False)``.
-      refresh_interval: updates between refreshes.
+      refresh_interval: updates between refreshes. None: no refresh but those a :class:`CurvatureGroup` installs.
       warmup_steps: update ``t`` (from 0) is preceded by a refresh if ``t + 1 >= warmup_steps`` and ``t + 1 -
         warmup_steps`` is a multiple of `refresh_interval`. Default: `refresh_interval`.
       order: the largest number of curvature products in a refresh. Default: twice the number of eigenpairs.
@@ -144,10 +119,13 @@ def dho2(
       >>> tx = dho2.dho2(optax.sgd(0.1), loss_fn, rank=2, alpha=1.0, refresh_interval=5)
       >>> params, batch = jnp.ones(4), jnp.asarray([4.0, 1.0, 0.1, 0.01])
       >>> state = tx.init(params)
-      >>> for _ in range(20):
+      >>> @jax.jit
+      ... def step(params, state):
       ...     grads = jax.grad(loss_fn)(params, batch)
       ...     updates, state = tx.update(grads, state, params, batch=batch)
-      ...     params = optax.apply_updates(params, updates)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(20):
+      ...     params, state = step(params, state)
       >>> int(dho2.metrics(state)["refreshes"])
       4
 
@@ -155,63 +133,169 @@ def dho2(
       Gu et al., "Accelerating Deep Neural Network Training via Distributed Hybrid Order Optimization",
       arXiv 2505.00982. Sivan et al., "FOSI: Hybrid First and Second Order Optimization", arXiv 2302.08484.
     """
-    eigensolver.check_selection(rank, num_smallest, order, select)
-    subspace = optax.ema(0.9, debias=False) if subspace is None else subspace
-    _check_transformations(base=base, subspace=subspace)
-    _check_functions(loss_fn=loss_fn, curvature=curvature)
-    _check_numbers(
-        positive={"refresh_interval": refresh_interval, "warmup_steps": warmup_steps},
-        non_negative={
-            "alpha": alpha,
-            "tolerance": tolerance,
-            "max_residual": max_residual,
-            "floor": floor,
-            "damping": damping,
-            "base_scale_limit": base_scale_limit,
-        },
-    )
-    if mesh is not None and not isinstance(mesh, Mesh):
-        raise ValueError(f"`mesh` must be a jax.sharding.Mesh, got {mesh!r}. {STATIC_HINT}")
-    if mesh is not None and axis_name is None:
-        raise ValueError(f"`mesh` needs `axis_name`, one of {mesh.axis_names}, got None.")
-    if average_gradients and (axis_name is None or mesh is not None):
-        raise ValueError(
-            "`average_gradients` needs `axis_name` and no `mesh`: under jit gradients are averaged already."
-        )
-    if axis_name is not None and not isinstance(axis_name, str):
-        raise ValueError(f"`axis_name` must be the name of one mesh axis, got {axis_name!r}.")
-    if loss_fn is not None and curvature is not None:
-        raise ValueError("give `loss_fn` or `curvature`, not both.")
+    _check_numbers(positive={"refresh_interval": refresh_interval, "warmup_steps": warmup_steps})
 
-    pairs = rank + num_smallest
-    solver = _Solver(
+    def refresh(solver: Solver) -> Refresh:
+        if refresh_interval is None:
+            return refresh_lib.external()
+        return refresh_lib.synchronous(
+            solver, refresh_interval, refresh_interval if warmup_steps is None else warmup_steps
+        )
+
+    return _distributed(
+        base,
+        loss_fn,
+        refresh,
         rank=rank,
         num_smallest=num_smallest,
-        order=2 * pairs if order is None else order,
-        select=select,
+        alpha=alpha,
+        subspace=subspace,
+        order=order,
         tolerance=tolerance,
         max_residual=max_residual,
-        start=_warm_start,
-    )
-    tx = _hybrid(
-        base,
-        solver,
-        loss_fn=loss_fn,
+        select=select,
+        base_scale_limit=base_scale_limit,
+        floor=floor,
+        damping=damping,
         has_aux=has_aux,
         curvature=curvature,
-        alpha=alpha,
-        subspace_tx=subspace,
-        refresh_interval=refresh_interval,
-        warmup_steps=refresh_interval if warmup_steps is None else warmup_steps,
-        scale_limit=base_scale_limit,
-        damping=Damping(floor, damping),
-        carry_newton_step=True,
         basis_dtype=basis_dtype,
         axis_name=axis_name,
+        mesh=mesh,
         average_gradients=average_gradients,
         base_on_segments=base_on_segments,
+        needs_curvature=refresh_interval is not None,
     )
-    return tx if mesh is None or axis_name is None else parallel.over_mesh(tx, mesh, axis_name)
+
+
+def mr_dho2(
+    base: optax.GradientTransformation,
+    loss_fn: LossFn | None = None,
+    *,
+    rank: int = 8,
+    num_smallest: int = 0,
+    alpha: ArrayLike | optax.Schedule = 0.1,
+    subspace: optax.GradientTransformation | None = None,
+    probe_interval: ArrayLike = 4,
+    max_probe_interval: ArrayLike | None = None,
+    probe_at_anchor: bool = False,
+    warmup_steps: ArrayLike = 0,
+    order: int | None = None,
+    tolerance: ArrayLike = 1e-2,
+    max_residual: ArrayLike = 0.1,
+    select: Select = "magnitude",
+    base_scale_limit: ArrayLike = 3.0,
+    floor: ArrayLike = 1e-3,
+    damping: ArrayLike = 0.0,
+    has_aux: bool = False,
+    curvature: Operator | None = None,
+    basis_dtype: Any = None,
+    axis_name: str | None = None,
+    mesh: Mesh | None = None,
+    average_gradients: bool = False,
+    base_on_segments: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""`dho2` with its refresh spread over the updates: no update waits for a Lanczos process.
+
+    Every `probe_interval` updates one curvature product, a *probe*, advances a Lanczos process that never stops, at the
+    parameters and on the batch of the moment. After ``order`` probes, a cycle, or as soon as all residuals are below
+    `tolerance`, the eigenpairs are published and the next cycle starts from them. Within a cycle they are published
+    whenever more of them are below `max_residual` than are in use: the pairs that have converged are used, the others
+    are left to `base` (the paper's partial curvature information). An update makes a probe, or publishes, or neither.
+
+    ``update`` takes what that of :func:`dho2` does, and ``hvp``: the product from :func:`value_grad_and_hvp`, averaged
+    over the devices as the gradient is. With neither ``hvp``, nor a batch for `loss_fn` or `curvature`, nor
+    ``value_fn``, a probe that is due is skipped, and counted in the metrics.
+
+    Args:
+      base: as in :func:`dho2`; so are all arguments that are not listed here.
+      loss_fn: as in :func:`dho2`, or None where ``update`` is given ``hvp``.
+      rank: as in :func:`dho2`.
+      num_smallest: as in :func:`dho2`.
+      alpha: as in :func:`dho2`.
+      subspace: as in :func:`dho2`.
+      probe_interval: updates between two probes.
+      max_probe_interval: lets the interval adapt to how fast the spectrum moves: from cycle to cycle it doubles, up
+        to this, where the eigenvalues have moved by less than 5% of the largest, and halves, down to `probe_interval`,
+        where one has moved by more than 20%. None: it stays.
+      probe_at_anchor: take all probes of a cycle at the parameters of its start, of which a copy is then kept.
+      warmup_steps: updates before the first probe.
+      order: probes in a cycle. Default: twice the number of eigenpairs.
+      tolerance: as in :func:`dho2`; ends a cycle early. What the movement of the operator does to a pair counts as
+        residual.
+      max_residual: as in :func:`dho2`.
+      select: as in :func:`dho2`.
+      base_scale_limit: as in :func:`dho2`.
+      floor: as in :func:`dho2`.
+      damping: as in :func:`dho2`.
+      has_aux: as in :func:`dho2`.
+      curvature: as in :func:`dho2`.
+      basis_dtype: as in :func:`dho2`.
+      axis_name: as in :func:`dho2`. The Krylov basis, ``order`` vectors, lives in the state, split as the rest.
+      mesh: as in :func:`dho2`.
+      average_gradients: as in :func:`dho2`; holds for ``hvp`` too.
+      base_on_segments: as in :func:`dho2`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with a :class:`DHO2State`.
+
+    Raises:
+      ValueError: as :func:`dho2` does, but not where a batch is missing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import dho2_optax as dho2
+      >>> loss_fn = lambda params, batch: jnp.mean(batch * params**2)
+      >>> tx = dho2.mr_dho2(optax.sgd(0.1), loss_fn, rank=2, alpha=1.0, probe_interval=2)
+      >>> params, batch = jnp.ones(4), jnp.asarray([4.0, 1.0, 0.1, 0.01])
+      >>> state = tx.init(params)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     grads = jax.grad(loss_fn)(params, batch)
+      ...     updates, state = tx.update(grads, state, params, batch=batch)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(20):
+      ...     params, state = step(params, state)
+      >>> int(dho2.metrics(state)["active_pairs"])
+      2
+
+    References:
+      Gu et al., "Accelerating Deep Neural Network Training via Distributed Hybrid Order Optimization",
+      arXiv 2505.00982, MR-DHO2.
+    """
+    _check_numbers(
+        positive={"probe_interval": probe_interval, "max_probe_interval": max_probe_interval},
+        non_negative={"warmup_steps": warmup_steps},
+    )
+    bounds = (probe_interval, max_probe_interval)
+    if all(isinstance(x, int | float) for x in bounds) and bounds[1] < bounds[0]:  # pyright: ignore
+        raise ValueError(
+            f"`max_probe_interval` must be at least probe_interval = {probe_interval}, got {max_probe_interval}."
+        )
+    return _distributed(
+        base,
+        loss_fn,
+        lambda solver: streaming(solver, probe_interval, max_probe_interval, warmup_steps, probe_at_anchor),
+        rank=rank,
+        num_smallest=num_smallest,
+        alpha=alpha,
+        subspace=subspace,
+        order=order,
+        tolerance=tolerance,
+        max_residual=max_residual,
+        select=select,
+        base_scale_limit=base_scale_limit,
+        floor=floor,
+        damping=damping,
+        has_aux=has_aux,
+        curvature=curvature,
+        basis_dtype=basis_dtype,
+        axis_name=axis_name,
+        mesh=mesh,
+        average_gradients=average_gradients,
+        base_on_segments=base_on_segments,
+        needs_curvature=False,
+    )
 
 
 def fosi(
@@ -278,37 +362,37 @@ def fosi(
         random = krylov.random_vector(jnp.uint32(0), params, axis_name)
         return random if start is None else vectors.cast_like(start, random)
 
-    solver = _Solver(
+    solver = Solver(
         rank=rank,
         num_smallest=num_smallest,
         order=4 * (rank + num_smallest),
         select="algebraic",
         tolerance=0.0,
         max_residual=jnp.inf,
+        damping=None,
+        basis_dtype=None,
+        axis_name=None,
         start=start_at,
     )
     return _hybrid(
         base,
         solver,
+        refresh_lib.synchronous(solver, refresh_interval, refresh_interval if warmup_steps is None else warmup_steps),
         loss_fn=loss_fn,
         has_aux=has_aux,
         curvature=None,
         alpha=alpha,
         subspace_tx=subspace,
-        refresh_interval=refresh_interval,
-        warmup_steps=refresh_interval if warmup_steps is None else warmup_steps,
         scale_limit=base_scale_limit,
         damping=Damping(0.0, 0.0),
-        carry_newton_step=False,
-        basis_dtype=None,
-        axis_name=None,
         average_gradients=False,
         base_on_segments=True,
+        needs_curvature=True,
     )
 
 
 class MultiSteps(optax.MultiSteps):
-    """``optax.MultiSteps`` that lets `dho2` refresh its curvature on real updates only.
+    """``optax.MultiSteps`` that lets `dho2` and `mr_dho2` make curvature on real updates only.
 
     ``optax.MultiSteps`` runs the inner update on every mini-step and throws most results away, Lanczos runs included.
     This one tells the inner transformation which mini-step is the last, through ``allow_refresh``.
@@ -342,75 +426,6 @@ class MultiSteps(optax.MultiSteps):
         return optax.GradientTransformationExtraArgs(self.init, self.update)
 
 
-def metrics(state: Any) -> dict[str, jax.Array]:
-    """Scalars about the curvature in use, for logging.
-
-    Args:
-      state: the state of an optimizer that contains one `dho2` or `fosi`.
-
-    Returns:
-      A dict of scalars: ``refreshes``, ``rejected_refreshes``, ``matvecs`` (all so far), ``age`` (updates since the
-      last refresh), ``active_pairs``, ``base_scale``, ``eigenvalue_max``, ``eigenvalue_min`` (extremes of the active
-      pairs), ``residual_max`` (largest of all pairs), and ``eigenvalue_<i>``, ``residual_<i>`` of every pair.
-
-    Raises:
-      ValueError: if `state` does not hold exactly one such optimizer.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> import dho2_optax as dho2
-      >>> state = optax.chain(optax.clip(1.0), dho2.dho2(optax.sgd(0.1), rank=2)).init(jnp.ones(3))
-      >>> int(metrics(state)["refreshes"]), "eigenvalue_1" in metrics(state)
-      (0, True)
-    """
-    found = _find_state(state)
-    pairs = found.spectrum
-    active = jnp.where(pairs.mask, pairs.eigenvalues, 0)
-    result = {
-        "refreshes": found.refreshes,
-        "rejected_refreshes": found.rejected,
-        "matvecs": found.matvecs,
-        "age": found.count - found.refreshed_at,
-        "active_pairs": jnp.sum(pairs.mask),
-        "base_scale": found.sigma,
-        "eigenvalue_max": jnp.max(active),
-        "eigenvalue_min": jnp.min(active),
-        "residual_max": jnp.max(pairs.residuals),
-    }
-    for i in range(pairs.eigenvalues.shape[-1]):
-        result[f"eigenvalue_{i}"] = pairs.eigenvalues[..., i]
-        result[f"residual_{i}"] = pairs.residuals[..., i]
-    return result
-
-
-def get_spectrum(state: Any) -> Spectrum:
-    """The :class:`Spectrum` in use: eigenvalues, eigenvectors, residuals, mask.
-
-    Args:
-      state: the state of an optimizer that contains one `dho2` or `fosi`.
-
-    Returns:
-      The spectrum. Eigenvectors are in segment form if the optimizer names a mesh axis.
-
-    Raises:
-      ValueError: if `state` does not hold exactly one such optimizer.
-    """
-    return _find_state(state).spectrum
-
-
-def _find_state(state: Any) -> DHO2State:
-    is_ours = lambda x: isinstance(x, DHO2State)  # noqa: E731
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
-    if len(found) != 1:
-        raise ValueError(f"`state` must hold one dho2 or fosi state, got {len(found)}.")
-    return found[0]
-
-
-def _warm_start(old: Spectrum, seed: jax.Array, params: Vector, axis_name: str | None) -> Vector:
-    """The start of a Lanczos run: the old eigenvectors and noise, in segment form."""
-    return eigensolver.warm_start(old, krylov.random_vector(seed, params, axis_name))
-
-
 def _check_transformations(**transformations: Any) -> None:
     for name, tx in transformations.items():
         if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
@@ -423,9 +438,9 @@ def _check_functions(**functions: Any) -> None:
             raise ValueError(f"`{name}` must be callable, got {function!r}. {STATIC_HINT}")
 
 
-def _check_numbers(positive: dict[str, Any], non_negative: dict[str, Any]) -> None:
+def _check_numbers(positive: dict[str, Any], non_negative: dict[str, Any] | None = None) -> None:
     """Checks Python numbers; traced values, schedules and None pass."""
-    for name, value in {**positive, **non_negative}.items():
+    for name, value in {**positive, **(non_negative or {})}.items():
         if not isinstance(value, int | float):
             continue
         if not value >= 0 or (name in positive and value == 0):
@@ -442,45 +457,119 @@ def _check_params(params: Any) -> None:
             )
 
 
-def _is_masked_node(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
+def _distributed(
+    base: optax.GradientTransformation,
+    loss_fn: LossFn | None,
+    make_refresh: Callable[[Solver], Refresh],
+    *,
+    rank: int,
+    num_smallest: int,
+    alpha: ArrayLike | optax.Schedule,
+    subspace: optax.GradientTransformation | None,
+    order: int | None,
+    tolerance: ArrayLike,
+    max_residual: ArrayLike,
+    select: Select,
+    base_scale_limit: ArrayLike,
+    floor: ArrayLike,
+    damping: ArrayLike,
+    has_aux: bool,
+    curvature: Operator | None,
+    basis_dtype: Any,
+    axis_name: str | None,
+    mesh: Mesh | None,
+    average_gradients: bool,
+    base_on_segments: bool,
+    needs_curvature: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """What `dho2` and `mr_dho2` share: checks, the solver, and the mesh."""
+    eigensolver.check_selection(rank, num_smallest, order, select)
+    subspace = optax.ema(0.9, debias=False) if subspace is None else subspace
+    _check_transformations(base=base, subspace=subspace)
+    _check_functions(loss_fn=loss_fn, curvature=curvature)
+    _check_numbers(
+        positive={},
+        non_negative={
+            "alpha": alpha,
+            "tolerance": tolerance,
+            "max_residual": max_residual,
+            "floor": floor,
+            "damping": damping,
+            "base_scale_limit": base_scale_limit,
+        },
+    )
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise ValueError(f"`mesh` must be a jax.sharding.Mesh, got {mesh!r}. {STATIC_HINT}")
+    if mesh is not None and axis_name is None:
+        raise ValueError(f"`mesh` needs `axis_name`, one of {mesh.axis_names}, got None.")
+    if average_gradients and (axis_name is None or mesh is not None):
+        raise ValueError(
+            "`average_gradients` needs `axis_name` and no `mesh`: under jit gradients are averaged already."
+        )
+    if axis_name is not None and not isinstance(axis_name, str):
+        raise ValueError(f"`axis_name` must be the name of one mesh axis, got {axis_name!r}.")
+    if loss_fn is not None and curvature is not None:
+        raise ValueError("give `loss_fn` or `curvature`, not both.")
 
-
-def _merge(params: Any, full_params: Any) -> Any:
-    """`params` with the leaves that ``optax.masked`` hides taken from `full_params`."""
-    if full_params is None:
-        return params
-    pick = lambda p, full: full if _is_masked_node(p) else p  # noqa: E731
-    return jax.tree.map(pick, params, full_params, is_leaf=_is_masked_node)
+    pairs = rank + num_smallest
+    solver = Solver(
+        rank=rank,
+        num_smallest=num_smallest,
+        order=2 * pairs if order is None else order,
+        select=select,
+        tolerance=tolerance,
+        max_residual=max_residual,
+        damping=Damping(floor, damping),
+        basis_dtype=basis_dtype,
+        axis_name=axis_name,
+        start=refresh_lib.warm_start,
+    )
+    tx = _hybrid(
+        base,
+        solver,
+        make_refresh(solver),
+        loss_fn=loss_fn,
+        has_aux=has_aux,
+        curvature=curvature,
+        alpha=alpha,
+        subspace_tx=subspace,
+        scale_limit=base_scale_limit,
+        damping=Damping(floor, damping),
+        average_gradients=average_gradients,
+        base_on_segments=base_on_segments,
+        needs_curvature=needs_curvature,
+    )
+    return tx if mesh is None or axis_name is None else parallel.over_mesh(tx, mesh, axis_name)
 
 
 def _hybrid(
     base: optax.GradientTransformation,
-    solver: _Solver,
+    solver: Solver,
+    refresh: Refresh,
     *,
     loss_fn: LossFn | None,
     has_aux: bool,
     curvature: Operator | None,
     alpha: ArrayLike | optax.Schedule,
     subspace_tx: optax.GradientTransformation,
-    refresh_interval: ArrayLike,
-    warmup_steps: ArrayLike,
     scale_limit: ArrayLike,
     damping: Damping,
-    carry_newton_step: bool,
-    basis_dtype: Any,
-    axis_name: str | None,
     average_gradients: bool,
     base_on_segments: bool,
+    needs_curvature: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation behind `dho2` and `fosi`, for one device of `axis_name`."""
+    """The transformation behind all optimizers, for one device of the solver's axis.
+
+    `needs_curvature` says that an update without curvature operator is an error.
+    """
+    axis_name = solver.axis_name
     base = optax.with_extra_args_support(base)
     segmented_base = base_on_segments and axis_name is not None
 
     def init(params: Any) -> DHO2State:
         _check_params(params)
         like = segments.split(params, axis_name)
-        pairs = eigensolver.zero_spectrum(solver.num_pairs, like, basis_dtype)
+        pairs = eigensolver.zero_spectrum(solver.num_pairs, like, solver.basis_dtype)
         zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
         return DHO2State(
             count=zero(),
@@ -492,67 +581,56 @@ def _hybrid(
             rejected=zero(),
             matvecs=zero(),
             refreshed_at=zero(),
+            probing=refresh.init(params, like),
         )
 
-    def operator_for(params: Any, batch: Any, value_fn: Any, full_params: Any) -> tuple[Operator, Any]:
-        """The curvature operator of this update and what it takes for a batch."""
-        hidden = any(map(_is_masked_node, jax.tree.leaves(params, is_leaf=_is_masked_node)))
-        if hidden and full_params is None:
+    def operator_for(params: Any, batch: Any, value_fn: Any, full_params: Any) -> tuple[Operator, Any] | None:
+        """The curvature operator of this update and what it takes for a batch, if it can be had."""
+        if any_hidden(params) and full_params is None:
             raise ValueError(
                 "`params` has leaves hidden by optax.masked or optax.partition; give all parameters to update as "
                 "`full_params=`."
             )
+        merged = lambda p: p if full_params is None else fill(p, full_params)  # noqa: E731
         if curvature is not None:
-            if hidden:
+            if any_hidden(params):
                 raise ValueError("`curvature` operators do not see parameters hidden by optax.masked.")
-            return curvature, batch
+            return None if batch is None and not needs_curvature else (curvature, batch)
         if loss_fn is not None:
-            if batch is None:
+            if batch is None and needs_curvature:
                 raise ValueError("`update` needs `batch=`, which `loss_fn` is called with, got None.")
             loss = loss_fn
-            merged = lambda p, b: loss(_merge(p, full_params), b)  # noqa: E731
-            return curvature_lib.hessian(merged, has_aux=has_aux), batch
+            operator = curvature_lib.hessian(lambda p, b: loss(merged(p), b), has_aux=has_aux)
+            return None if batch is None else (operator, batch)
         if value_fn is None:
-            raise ValueError("`update` needs `value_fn=` (or `obj_fn=`): no `loss_fn` was given at construction.")
+            if needs_curvature:
+                raise ValueError("`update` needs `value_fn=` (or `obj_fn=`): no `loss_fn` was given at construction.")
+            return None
         objective = value_fn
-        merged = lambda p, b: objective(_merge(p, full_params))  # noqa: E731
-        return curvature_lib.hessian(merged, has_aux=has_aux), ()
+        return curvature_lib.hessian(lambda p, b: objective(merged(p)), has_aux=has_aux), ()
 
-    def refresh(state: DHO2State, params: Any, operator: Operator, batch: Any) -> DHO2State:
-        """Runs Lanczos at `params` and installs what it finds, unless a number is not finite."""
-        old = state.spectrum
-        seed = state.count.astype(jnp.uint32) * jnp.uint32(solver.order + 1)
-        first = solver.start(old, seed, params, axis_name)
-        process = krylov.run(
-            curvature_lib.segmented_matvec(operator, params, batch, axis_name),
-            krylov.start(first, solver.order, seed=seed, axis_name=axis_name, dtype=basis_dtype),
-            params,
-            is_done=eigensolver.converged(solver.rank, solver.num_smallest, solver.select, solver.tolerance),
-            min_matvecs=solver.num_pairs + 1,
-            axis_name=axis_name,
-        )
-        new = eigensolver.publish(
-            process, solver.rank, solver.num_smallest, solver.select, solver.max_residual, drop_null=True
-        )
-        carried = damping if carry_newton_step else None
-        rotated = rotate_state(state.subspace_state, old, new, axis_name, carried)
+    def source(params: Any, hvp: Any, found: tuple[Operator, Any] | None, allowed: ArrayLike) -> Source:
+        """What this update may learn curvature from; a product that is given comes before one that we would make."""
+        if hvp is not None:
+            hvp = hide(hvp, params)
+            if jax.tree.structure(hvp) != jax.tree.structure(params):
+                raise ValueError(
+                    f"`hvp` must be a pytree like `params`, got {jax.tree.structure(hvp)} for "
+                    f"{jax.tree.structure(params)}."
+                )
+            product = averaged(hvp)
+            return Source(params, None, product, allowed)
+        if found is None:
+            return Source(params, None, None, allowed)
+        operator, operand = found
+        matvec_at = lambda at: curvature_lib.segmented_matvec(operator, at, operand, axis_name)  # noqa: E731
+        return Source(params, matvec_at, None, allowed)
 
-        # Selected element by element, once everything that reads the old eigenvectors is done: then the compiler
-        # writes over them, where two branches would cost a copy of them at every update.
-        numbers = (process.projected, process.beta, rotated)
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(numbers)]))
-        chosen, subspace_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (new, rotated), (old, state.subspace_state)
-        )
-        installed = finite.astype(jnp.int32)
-        return state._replace(
-            spectrum=chosen,
-            subspace_state=subspace_state,
-            refreshes=state.refreshes + installed,
-            rejected=state.rejected + 1 - installed,
-            matvecs=state.matvecs + process.count,
-            refreshed_at=jnp.where(finite, state.count, state.refreshed_at),
-        )
+    def averaged(gradient: Any) -> Vector:
+        """This device's segment of a gradient, or of a product that came with it."""
+        if average_gradients:
+            return segments.reduce_scatter_mean(gradient, axis_name)
+        return segments.split(gradient, axis_name)
 
     def base_step(params: Any, state: DHO2State, extra: dict[str, Any]) -> Callable[[Vector], Any]:
         """`base`'s update of a gradient in segment form, on segments or on whole leaves."""
@@ -576,6 +654,7 @@ def _hybrid(
         batch: Any = None,
         value_fn: Callable[[Any], Any] | None = None,
         obj_fn: Callable[[Any], Any] | None = None,
+        hvp: Any = None,
         allow_refresh: ArrayLike = True,
         full_params: Any = None,
         **extra: Any,
@@ -585,17 +664,13 @@ def _hybrid(
         if not jax.tree.leaves(params):  # all of them masked, say
             return updates, state._replace(count=optax.safe_increment(state.count))
         value_fn = obj_fn if value_fn is None else value_fn
-        operator, operand = operator_for(params, batch, value_fn, full_params)
+        hvp = None if needs_curvature else hvp
+        found = operator_for(params, batch, value_fn, full_params) if hvp is None else None
 
         # The big buffers are refreshed before anything reads them: with donation nothing is copied.
-        since_warmup = state.count + 1 - warmup_steps
-        due = (since_warmup >= 0) & (since_warmup % refresh_interval == 0) & allow_refresh
-        state = jax.lax.cond(due, lambda s: refresh(s, params, operator, operand), lambda s: s, state)
+        state = refresh.advance(state, source(params, hvp, found, allow_refresh))
 
-        if average_gradients:
-            gradient = segments.reduce_scatter_mean(updates, axis_name)
-        else:
-            gradient = segments.split(updates, axis_name)
+        gradient = averaged(updates)
         if value_fn is not None:
             extra["value_fn"] = value_fn
         sigma = base_scale(state.spectrum, solver.num_smallest, scale_limit)

@@ -1,0 +1,406 @@
+"""Curvature on devices of its own: the training devices go on while others run the Lanczos process.
+
+The roles of MR-DHO2 (Gu et al., arXiv 2505.00982). One Python process drives both groups of devices: programs are
+dispatched asynchronously, so the host launches a Lanczos process on a copy of the parameters, goes on launching
+training steps, and looks now and then whether the spectrum is there.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dho2_optax import curvature as curvature_lib
+from dho2_optax import eigensolver, plan, segments
+from dho2_optax.curvature import LossFn, Operator
+from dho2_optax.eigensolver import Select, Spectrum
+from dho2_optax.parallel import batch_specs
+from dho2_optax.refresh import Solver, install, warm_start
+from dho2_optax.state import DHO2State, find_state, replace_state
+from dho2_optax.subspace import Damping
+
+_AXIS = "curvature"
+_POLL_SECONDS = 5e-4
+
+
+class _Flight(NamedTuple):
+    """A Lanczos process that has been launched."""
+
+    launched_at: int  # updates before
+    seconds: float  # on the clock then
+    spectrum: Spectrum  # in segments over the group; the old one where `finite` is false
+    finite: Any  # shape=(), dtype=bool
+    matvecs: jax.Array  # shape=(), dtype=int32
+
+
+class CurvatureGroup:
+    r"""A group of devices that finds eigenpairs for a `dho2` that trains on others.
+
+    The optimizer is a ``dho2(base, refresh_interval=None, ...)`` of the same `rank`, whose ``update`` needs no batch.
+    After every update, :meth:`advance` looks whether the Lanczos process in flight has ended, puts its eigenpairs in
+    use, and launches the next one on a copy of the parameters. It waits for nothing, except in deterministic mode.
+
+    A process that fails, takes longer than `timeout` or meets a number that is not finite changes nothing: training
+    goes on with the last good spectrum, and :meth:`metrics` counts the event.
+
+    The eigenvectors and the Krylov basis are split over the devices of the group. The devices must be of this process.
+    On GPU and TPU the groups run at the same time. On CPU two programs that both have several devices take turns;
+    a group of one device runs beside the training. Programs are compiled in the first call of :meth:`advance`.
+
+    Args:
+      loss_fn: ``(params, batch) -> loss``, a scalar mean over samples; with `has_aux` ``(loss, aux)``.
+      devices: the devices of the group.
+      curvature: an operator in place of `loss_fn`'s Hessian, as in :func:`dho2`.
+      has_aux: whether `loss_fn` returns a pair.
+      rank: as in :func:`dho2`, and the same as there; so are the following.
+      num_smallest: as in :func:`dho2`.
+      order: as in :func:`dho2`.
+      tolerance: as in :func:`dho2`.
+      max_residual: as in :func:`dho2`.
+      select: as in :func:`dho2`.
+      floor: as in :func:`dho2`.
+      damping: as in :func:`dho2`.
+      basis_dtype: as in :func:`dho2`.
+      interval: updates between two launches, at least.
+      deterministic: use the spectrum launched after update ``t`` from update ``t + interval`` on, neither earlier nor
+        later, waiting for it if need be. Then two runs give the same parameters bit for bit.
+      timeout: seconds after which a process counts as stalled and is given up. No other is launched before its
+        devices are free again.
+
+    Raises:
+      ValueError: for options out of range, and in :meth:`advance` for an optimizer of another rank, or a batch that the
+        devices cannot share evenly.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import dho2_optax as dho2
+      >>> loss_fn = lambda params, batch: jnp.mean(batch * params**2)
+      >>> tx = dho2.dho2(optax.sgd(0.1), rank=2, refresh_interval=None)
+      >>> group = dho2.CurvatureGroup(loss_fn, devices=jax.devices()[-1:], rank=2, interval=5, deterministic=True)
+      >>> params, batch = jnp.ones(4), jnp.asarray([4.0, 1.0, 0.1, 0.01])
+      >>> state = tx.init(params)
+      >>> for _ in range(20):
+      ...     grads = jax.grad(loss_fn)(params, batch)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     state = group.advance(state, params, batch[None])
+      >>> group.metrics()["installed"], int(dho2.metrics(state)["active_pairs"])
+      (3.0, 2)
+
+    References:
+      Gu et al., "Accelerating Deep Neural Network Training via Distributed Hybrid Order Optimization",
+      arXiv 2505.00982, MR-DHO2.
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFn | None = None,
+        *,
+        devices: Sequence[Any],
+        curvature: Operator | None = None,
+        has_aux: bool = False,
+        rank: int = 8,
+        num_smallest: int = 0,
+        order: int | None = None,
+        tolerance: float = 1e-2,
+        max_residual: float = 0.1,
+        select: Select = "magnitude",
+        floor: float = 1e-3,
+        damping: float = 0.0,
+        basis_dtype: Any = None,
+        interval: int = 100,
+        deterministic: bool = False,
+        timeout: float = 60.0,
+    ) -> None:
+        """See the class."""
+        eigensolver.check_selection(rank, num_smallest, order, select)
+        operator = curvature if loss_fn is None else curvature_lib.hessian(loss_fn, has_aux=has_aux)
+        if operator is None or (loss_fn is not None and curvature is not None):
+            raise ValueError("give either `loss_fn` or `curvature`.")
+        for name, function in {"loss_fn": loss_fn, "curvature": curvature}.items():
+            if function is not None and not callable(function):
+                raise ValueError(f"`{name}` must be callable, got {function!r}.")
+        if not devices or not all(isinstance(device, jax.Device) for device in devices):
+            raise ValueError(f"`devices` must be a non-empty list of jax devices, got {devices!r}.")
+        if len(set(devices)) != len(devices):
+            raise ValueError(f"`devices` must all be different, got {devices!r}.")
+        if not isinstance(interval, int) or interval < 1:
+            raise ValueError(f"`interval` must be a positive int, got {interval!r}.")
+        if not timeout > 0:
+            raise ValueError(f"`timeout` must be positive, got {timeout!r}.")
+        for name, value in (
+            ("tolerance", tolerance),
+            ("max_residual", max_residual),
+            ("floor", floor),
+            ("damping", damping),
+        ):
+            if not value >= 0:
+                raise ValueError(f"`{name}` must be non-negative, got {value!r}.")
+        pairs = rank + num_smallest
+        self._solver = Solver(
+            rank=rank,
+            num_smallest=num_smallest,
+            order=2 * pairs if order is None else order,
+            select=select,
+            tolerance=tolerance,
+            max_residual=max_residual,
+            damping=Damping(floor, damping),
+            basis_dtype=basis_dtype,
+            axis_name=_AXIS,
+            start=warm_start,
+        )
+        self._operator = operator
+        self._mesh = Mesh(np.array(devices), (_AXIS,))
+        self._interval = interval
+        self._deterministic = deterministic
+        self._timeout = timeout
+        self._solve: Any = None  # compiled: (params, batch, old spectrum, count) -> (spectrum, finite, matvecs)
+        self._convert: Any = None  # compiled: eigenvectors in segments of the group -> in the optimizer's shapes
+        self._deliver: Any = None  # compiled: (optimizer state, spectrum, count, matvecs) -> optimizer state
+        self._spectrum: Spectrum | None = None  # the last good one
+        self._flight: _Flight | None = None
+        self._stalled: _Flight | None = None
+        self._count: int | None = None  # of updates
+        self._next_launch = 0
+        self._events = dict.fromkeys(("launches", "installed", "rejected", "failures", "stalls"), 0)
+        self._staleness = 0
+        self._wait_seconds = 0.0
+        self._busy_seconds = 0.0
+        self._last_error: str | None = None
+
+    @property
+    def last_error(self) -> str | None:
+        """What the last process that failed raised."""
+        return self._last_error
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers about the group so far, of the host: reading them waits for no device.
+
+        Returns:
+          A dict: ``launches``, ``installed``; ``rejected`` (a number was not finite), ``failures`` (an error on a
+          device), ``stalls``; ``staleness`` (updates between the snapshot and the use of the last spectrum);
+          ``wait_seconds`` (that :meth:`advance` waited for processes) and ``busy_seconds`` (from launches until their
+          end was seen).
+        """
+        return {
+            **{name: float(value) for name, value in self._events.items()},
+            "staleness": float(self._staleness),
+            "wait_seconds": self._wait_seconds,
+            "busy_seconds": self._busy_seconds,
+        }
+
+    def memory(self, params: Any, batch: Any) -> plan.Memory:
+        """What the Lanczos program needs on each device of the group, for parameters and a batch like these."""
+        return plan.memory(self._compile(params, batch))
+
+    def advance(self, state: Any, params: Any, batch: Any) -> Any:
+        """Installs the spectrum if one is there, and launches the next process; to be called after every update.
+
+        Args:
+          state: of an optimizer that contains one ``dho2(..., refresh_interval=None)``.
+          params: the parameters after the update.
+          batch: what `loss_fn` is called with; its leading axes are split over the group.
+
+        Returns:
+          The state, to be used in place of `state`.
+        """
+        if self._count is None:
+            self._count = int(find_state(state).count)
+            self._next_launch = self._count
+        else:
+            self._count += 1
+        state = self._collect(state)
+        if self._flight is None and self._is_free() and self._count >= self._next_launch:
+            self._launch(params, batch)
+        return state
+
+    def close(self) -> None:
+        """Waits for what is in flight, and drops it."""
+        for flight in (self._flight, self._stalled):
+            if flight is not None:
+                try:
+                    jax.block_until_ready(flight)
+                except jax.errors.JaxRuntimeError as error:
+                    self._last_error = str(error)
+        self._flight = self._stalled = None
+
+    def _collect(self, state: Any) -> Any:
+        """Installs the spectrum of the process in flight if it is due and there."""
+        flight, count = self._flight, self._count or 0
+        if flight is None or (self._deterministic and count < flight.launched_at + self._interval):
+            return state
+        begin = time.perf_counter()
+        try:
+            if self._deterministic:
+                while not flight.finite.is_ready() and time.perf_counter() - flight.seconds < self._timeout:
+                    time.sleep(_POLL_SECONDS)
+                self._wait_seconds += time.perf_counter() - begin
+            if not flight.finite.is_ready():
+                if time.perf_counter() - flight.seconds >= self._timeout:
+                    self._events["stalls"] += 1
+                    self._flight, self._stalled = None, flight
+                return state
+            self._flight = None
+            self._busy_seconds += time.perf_counter() - flight.seconds
+            finite, matvecs = bool(flight.finite), int(flight.matvecs)
+            jax.block_until_ready(flight.spectrum)
+        except jax.errors.JaxRuntimeError as error:
+            self._flight = None
+            self._events["failures"] += 1
+            self._last_error = str(error)
+            return state
+        if not finite:
+            self._events["rejected"] += 1
+            return state
+        self._spectrum = flight.spectrum
+        self._events["installed"] += 1
+        self._staleness = count - flight.launched_at
+        return self._install(state, flight, matvecs)
+
+    def _is_free(self) -> bool:
+        """Whether the devices have got through a process that stalled."""
+        if self._stalled is not None and self._stalled.finite.is_ready():
+            self._stalled = None
+        return self._stalled is None
+
+    def _launch(self, params: Any, batch: Any) -> None:
+        count = self._count or 0
+        self._next_launch = count + self._interval
+        solve = self._compile(params, batch)
+        begin = time.perf_counter()
+        try:
+            params, batch = self._snapshot(params), self._place(batch)
+            if self._spectrum is None:
+                self._spectrum = self._empty(params)
+            number = jax.device_put(np.int32(count), NamedSharding(self._mesh, PartitionSpec()))
+            self._flight = _Flight(count, begin, *solve(params, batch, self._spectrum, number))
+        except jax.errors.JaxRuntimeError as error:
+            self._events["failures"] += 1
+            self._last_error = str(error)
+            return
+        self._events["launches"] += 1
+
+    def _snapshot(self, params: Any) -> Any:
+        """A copy of the parameters on every device of the group; waits for nothing if they are replicated."""
+        devices = list(self._mesh.devices.flat)
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+
+        def copy(x: jax.Array) -> jax.Array:
+            if not x.is_fully_replicated:
+                return jax.device_put(x, everywhere, may_alias=False)
+            # From one device to one device: a transfer between groups of different sizes would wait for its source.
+            one = x.addressable_shards[0].data
+            copies = [jax.device_put(one, device, may_alias=False) for device in devices]
+            return jax.make_array_from_single_device_arrays(x.shape, everywhere, copies)
+
+        return jax.tree.map(lambda x: copy(jnp.asarray(x)), params)
+
+    def _place(self, batch: Any) -> Any:
+        specs = batch_specs(batch, self._mesh, _AXIS)
+        return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(self._mesh, spec)), batch, specs)
+
+    def _shard_map(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
+        return jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def _spectrum_specs(self, params: Any) -> Spectrum:
+        whole: Any = PartitionSpec()
+        split = PartitionSpec(None, _AXIS)
+        return Spectrum(whole, jax.tree.map(lambda _: split, params), whole, whole)
+
+    def _empty(self, params: Any) -> Spectrum:
+        solver = self._solver
+
+        def empty(params: Any) -> Spectrum:
+            like = segments.split(params, _AXIS)
+            return eigensolver.zero_spectrum(solver.num_pairs, like, solver.basis_dtype)
+
+        return jax.jit(self._shard_map(empty, PartitionSpec(), self._spectrum_specs(params)))(params)
+
+    def _compile(self, params: Any, batch: Any) -> Any:
+        """The Lanczos process on the group, compiled once for parameters and a batch of one shape."""
+        if self._solve is not None:
+            return self._solve
+        solver, operator = self._solver, self._operator
+
+        def solve(params: Any, batch: Any, old: Spectrum, count: jax.Array) -> tuple[Spectrum, jax.Array, jax.Array]:
+            matvec = curvature_lib.segmented_matvec(operator, params, batch, _AXIS)
+            process = solver.run(matvec, old, count, params)
+            new = solver.publish(process)
+            numbers = (process.projected, process.beta, new.eigenvalues, new.residuals)
+            finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in numbers]))
+            return new, finite, process.count
+
+        whole, spectrum = PartitionSpec(), self._spectrum_specs(params)
+        in_specs = (whole, batch_specs(batch, self._mesh, _AXIS), spectrum, whole)
+        mapped = jax.jit(self._shard_map(solve, in_specs, (spectrum, whole, whole)))
+
+        def abstract(tree: Any, specs: Any) -> Any:
+            return jax.tree.map(
+                lambda x, spec: jax.ShapeDtypeStruct(
+                    np.shape(x), jax.dtypes.canonicalize_dtype(x.dtype), sharding=NamedSharding(self._mesh, spec)
+                ),
+                tree,
+                specs,
+            )
+
+        everywhere = jax.tree.map(lambda _: whole, params)
+        old = jax.eval_shape(lambda p: self._empty(p), abstract(params, everywhere))
+        self._solve = mapped.lower(
+            abstract(params, everywhere),
+            abstract(batch, in_specs[1]),
+            abstract(old, spectrum),
+            abstract(np.int32(0), whole),
+        ).compile()
+        return self._solve
+
+    def _install(self, state: Any, flight: _Flight, matvecs: int) -> Any:
+        """`state` with the spectrum of a process that has ended, moved to the devices of the state."""
+        ours = find_state(state)
+        base_state = ours.base_state
+        ours = ours._replace(base_state=())
+        target = ours.spectrum.eigenvectors
+        found = flight.spectrum
+        if found.eigenvalues.shape != ours.spectrum.eigenvalues.shape:
+            raise ValueError(
+                f"`rank` + `num_smallest` must be those of the optimizer, {ours.spectrum.eigenvalues.size}, got "
+                f"{found.eigenvalues.size}."
+            )
+        replicated: Any = ours.spectrum.eigenvalues.sharding
+        eigenvectors = self._relayout(found.eigenvectors, target)
+        moved = jax.device_put(
+            found._replace(eigenvectors=eigenvectors),
+            Spectrum(replicated, jax.tree.map(lambda x: x.sharding, target), replicated, replicated),
+        )
+        if self._deliver is None:
+            damping = self._solver.damping
+
+            def deliver(state: DHO2State, new: Spectrum, found_at: jax.Array, matvecs: jax.Array) -> DHO2State:
+                finite = jnp.ones((), bool)
+                state = install(state, new, finite, found_at=found_at, damping=damping, axis_name=None)
+                return state._replace(matvecs=state.matvecs + matvecs)
+
+            self._deliver = jax.jit(deliver, out_shardings=jax.tree.map(lambda x: x.sharding, ours))
+        ours = self._deliver(ours, moved, jnp.int32(flight.launched_at), jnp.int32(matvecs))
+        return replace_state(state, ours._replace(base_state=base_state))
+
+    def _relayout(self, found: Any, target: Any) -> Any:
+        """Eigenvectors in segments of the group, in the shapes in which the optimizer keeps them."""
+
+        def convert(x: jax.Array, like: jax.Array) -> jax.Array:
+            size = int(np.prod(like.shape[1:]))
+            flat = x[:, :size]
+            return jnp.pad(flat, ((0, 0), (0, size - flat.shape[1]))).reshape(like.shape)
+
+        if all(jax.tree.leaves(jax.tree.map(lambda x, like: x.shape == like.shape, found, target))):
+            return found
+        if self._convert is None:
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), target)
+            self._convert = jax.jit(
+                lambda found: jax.tree.map(convert, found, like),
+                out_shardings=NamedSharding(self._mesh, PartitionSpec()),
+            )
+        return self._convert(found)

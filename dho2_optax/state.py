@@ -1,0 +1,42 @@
+"""The state of the optimizers, and how to find it inside the state of a composition."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from dho2_optax.eigensolver import Spectrum
+
+
+class DHO2State(NamedTuple):
+    """The state of `dho2`, `mr_dho2` and `fosi`."""
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # shape=(), dtype=int32: updates made
+    spectrum: Spectrum  # the eigenpairs in use
+    subspace_state: optax.OptState  # of the optimizer of the k coordinates
+    base_state: optax.OptState  # of the base; on segments where the base runs on them
+    sigma: jax.Array  # shape=(): factor of the base's step at the last update
+    refreshes: jax.Array  # shape=(), dtype=int32: spectra installed
+    rejected: jax.Array  # shape=(), dtype=int32: spectra and probes thrown away because a number was not finite
+    matvecs: jax.Array  # shape=(), dtype=int32: curvature products made so far
+    refreshed_at: jax.Array  # shape=(), dtype=int32: the `count` that the eigenpairs in use belong to
+    probing: Any  # a `streaming.Probing` of `mr_dho2`, else None
+
+
+def find_state(state: Any) -> DHO2State:
+    """The one :class:`DHO2State` in the state of an optimizer.
+
+    Raises:
+      ValueError: if there is none, or more than one.
+    """
+    is_ours = lambda x: isinstance(x, DHO2State)  # noqa: E731
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    if len(found) != 1:
+        raise ValueError(f"`state` must hold one dho2, mr_dho2 or fosi state, got {len(found)}.")
+    return found[0]
+
+
+def replace_state(state: Any, new: DHO2State) -> Any:
+    """`state` with its one :class:`DHO2State` replaced."""
+    is_ours = lambda x: isinstance(x, DHO2State)  # noqa: E731
+    return jax.tree.map(lambda x: new if is_ours(x) else x, state, is_leaf=is_ours)

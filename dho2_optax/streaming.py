@@ -1,0 +1,243 @@
+r"""Streaming refresh: one curvature product every few updates, and no update that waits for a whole spectrum.
+
+The Lanczos process of MR-DHO2 (Gu et al., arXiv 2505.00982) laid out in time: a *probe* is one product
+:math:`w_j = H_t q_j` with the Hessian at the parameters and on the batch of the moment, and advances the recurrence of
+:mod:`dho2_optax.krylov` by one vector. A *cycle* is ``order`` probes. Since the operator moves while it is probed, the
+projected matrix is symmetrised, and what symmetrising changes counts as residual. Pairs are published when the cycle
+ends, and before whenever more of them have converged than are in use. The next cycle starts from the published vectors.
+
+One update does one thing at most: nothing, a probe, or, in the update after it, a publication. So no update is slow.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dho2_optax import curvature, eigensolver, krylov, segments, vectors
+from dho2_optax.curvature import LossFn
+from dho2_optax.krylov import LanczosState
+from dho2_optax.masking import fill, hide
+from dho2_optax.refresh import Refresh, Solver, Source, install
+from dho2_optax.state import DHO2State, find_state
+from dho2_optax.vectors import Vector
+
+ArrayLike = jax.typing.ArrayLike
+
+_AGREE = 0.05  # eigenvalues that moved by at most this part of the largest let the probes become rarer
+_DISAGREE = 0.2  # and by at least this part, more frequent
+
+
+class Probing(NamedTuple):
+    """A Lanczos process spread over updates."""
+
+    process: LanczosState
+    due_at: jax.Array  # shape=(), dtype=int32: `count` of the update that takes the next probe
+    interval: jax.Array  # shape=(), dtype=int32: updates between two probes
+    pending: jax.Array  # shape=(), dtype=bool: the next update publishes the pairs found
+    complete: jax.Array  # shape=(), dtype=bool: and starts the next cycle
+    skipped: jax.Array  # shape=(), dtype=int32: probes that were due when `update` was given no product
+    anchor: Any  # parameters at the start of the cycle; None where probes are taken at the current ones
+
+
+def is_due(state: DHO2State) -> jax.Array:
+    """Whether the next update takes a probe."""
+    return (state.count >= state.probing.due_at) & ~state.probing.pending
+
+
+def streaming(
+    solver: Solver,
+    probe_interval: ArrayLike,
+    max_probe_interval: ArrayLike | None,
+    warmup_steps: ArrayLike,
+    probe_at_anchor: bool,
+) -> Refresh:
+    """One probe every `probe_interval` updates."""
+    axis_name = solver.axis_name
+
+    def init(params: Any, like: Vector) -> Probing:
+        del like
+        first = krylov.random_vector(jnp.uint32(0), params, axis_name)
+        return Probing(
+            process=krylov.start(
+                first, solver.order, seed=jnp.uint32(0), axis_name=axis_name, dtype=solver.basis_dtype
+            ),
+            due_at=jnp.asarray(warmup_steps, jnp.int32),
+            interval=jnp.asarray(probe_interval, jnp.int32),
+            pending=jnp.zeros((), bool),
+            complete=jnp.zeros((), bool),
+            skipped=jnp.zeros((), jnp.int32),
+            anchor=jax.tree.map(jnp.copy, params) if probe_at_anchor else None,
+        )
+
+    def assess(process: LanczosState, in_use: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Whether the pairs found so far are worth publishing, and whether the cycle is over."""
+        pairs = krylov.ritz(process)
+        sure = eigensolver.usable(
+            pairs, solver.rank, solver.num_smallest, solver.select, solver.max_residual, partial=True
+        )[1]
+        enough = process.count - process.restart > solver.num_pairs
+        return jnp.sum(sure) > in_use, enough & solver.is_done(pairs)
+
+    def probe(state: DHO2State, source: Source) -> DHO2State:
+        probing: Probing = state.probing
+        old = probing.process
+        if source.product is not None:
+            product = source.product
+        elif source.matvec_at is not None:
+            product = source.matvec_at(probing.anchor if probe_at_anchor else source.params)(old.vector)
+        else:
+            return state._replace(
+                probing=probing._replace(skipped=probing.skipped + 1, due_at=state.count + probing.interval)
+            )
+        new = krylov.extend(old, product, source.params, axis_name)
+        finite = krylov.is_finite(new)
+        # A product that is not finite leaves the process where it was; it has written nothing to the basis.
+        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new._replace(basis=()), old._replace(basis=()))
+        process = kept._replace(basis=new.basis)
+        last = (process.count >= solver.order) | process.exhausted
+        look = (process.count % krylov.CHECK_EVERY == 0) | last
+        small = process._replace(basis=(), vector=())
+        more, done = jax.lax.cond(
+            look & finite,
+            lambda: assess(small, jnp.sum(state.spectrum.mask)),
+            lambda: (jnp.zeros((), bool), jnp.zeros((), bool)),
+        )
+        complete = last | done
+        return state._replace(
+            probing=probing._replace(
+                process=process, due_at=state.count + probing.interval, pending=more | complete, complete=complete
+            ),
+            matvecs=state.matvecs + 1,
+            rejected=state.rejected + 1 - finite.astype(jnp.int32),
+        )
+
+    def publish(state: DHO2State, source: Source) -> DHO2State:
+        probing: Probing = state.probing
+        process, complete = probing.process, probing.complete
+        before = state.spectrum
+        state = install(
+            state,
+            solver.publish(process, partial=~complete),
+            krylov.is_finite(process),
+            found_at=state.count,
+            damping=solver.damping,
+            axis_name=axis_name,
+        )
+        first, seed = solver.first_vector(state.spectrum, state.count, source.params)
+        process = krylov.restart(process, first, seed=seed, axis_name=axis_name, condition=complete)
+        interval = jnp.asarray(probe_interval, jnp.int32)
+        if max_probe_interval is not None:
+            movement = _movement(before, state.spectrum)
+            adapted = jnp.where(movement <= _AGREE, 2 * probing.interval, probing.interval)
+            adapted = jnp.where(movement >= _DISAGREE, probing.interval // 2, adapted)
+            adapted = jnp.clip(adapted, interval, jnp.asarray(max_probe_interval, jnp.int32))
+            interval = jnp.where(complete & jnp.any(before.mask), adapted, probing.interval)
+        anchor = None
+        if probe_at_anchor:
+            anchor = jax.tree.map(lambda new, old: jnp.where(complete, new, old), source.params, probing.anchor)
+        return state._replace(
+            probing=probing._replace(
+                process=process,
+                interval=interval,
+                pending=jnp.zeros_like(probing.pending),
+                complete=jnp.zeros_like(complete),
+                anchor=anchor,
+            )
+        )
+
+    def advance(state: DHO2State, source: Source) -> DHO2State:
+        publishing = state.probing.pending & source.allowed
+        probe_now = is_due(state) & source.allowed
+        choice = jnp.where(publishing, 2, jnp.where(probe_now, 1, 0))
+        return jax.lax.switch(choice, [lambda s: s, lambda s: probe(s, source), lambda s: publish(s, source)], state)
+
+    return Refresh(init=init, advance=advance)
+
+
+def _movement(before: eigensolver.Spectrum, after: eigensolver.Spectrum) -> jax.Array:
+    """The largest change of an eigenvalue, relative to the largest of them."""
+    both = before.mask & after.mask
+    change = jnp.where(both, jnp.abs(after.eigenvalues - before.eigenvalues), 0)
+    largest = jnp.max(jnp.where(after.mask, jnp.abs(after.eigenvalues), 0))
+    return jnp.max(change) / jnp.where(largest > 0, largest, 1)
+
+
+def value_grad_and_hvp(
+    loss_fn: LossFn,
+    *,
+    has_aux: bool = False,
+    axis_name: str | None = None,
+    batch_size: int | None = None,
+) -> Callable[..., tuple[Any, Any, Any]]:
+    r"""Loss, gradient and, where `mr_dho2` is due for a probe, the Hessian-vector product it wants.
+
+    The product is the derivative of the gradient along the vector to be probed, found together with the gradient by
+    one forward-mode derivative of ``jax.value_and_grad``; a probe costs little more than one further gradient. On all
+    other updates nothing but loss and gradient is computed.
+
+    Args:
+      loss_fn: ``(params, batch) -> loss``, a scalar mean over samples; with `has_aux` ``(loss, aux)``.
+      has_aux: whether `loss_fn` returns a pair.
+      axis_name: the optimizer's `axis_name`, inside ``shard_map`` or ``pmap``: gradient and product are then those of
+        the local batch, to be averaged alike. With `mesh=` and without an axis: None.
+      batch_size: take the product on this many samples only, the first ones of the batch. It is then computed apart.
+
+    Returns:
+      A function ``(params, state, batch, allow_probe=True) -> (value, grads, hvp)``, with `value` what `loss_fn`
+      returns, and `hvp` a pytree like `grads` for ``update(..., hvp=hvp)``; zero where no probe is due. `state` is
+      that of an optimizer that contains one `mr_dho2`. `allow_probe` is a boolean scalar: give the condition that it is
+      the last mini-step when accumulating gradients.
+
+    Raises:
+      ValueError: if `batch_size` is not positive, or, when called, if `state` holds no `mr_dho2` state.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import dho2_optax as dho2
+      >>> loss_fn = lambda params, batch: jnp.mean(batch * params**2)
+      >>> tx = dho2.mr_dho2(optax.sgd(0.1), rank=2, probe_interval=2)
+      >>> params, batch = jnp.ones(4), jnp.asarray([4.0, 1.0, 0.1, 0.01])
+      >>> state = tx.init(params)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     value, grads, hvp = value_grad_and_hvp(loss_fn)(params, state, batch)
+      ...     updates, state = tx.update(grads, state, params, hvp=hvp)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(20):
+      ...     params, state = step(params, state)
+      >>> int(dho2.metrics(state)["active_pairs"])
+      2
+
+    References:
+      Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
+    """
+    product = curvature.hessian(loss_fn, has_aux=has_aux, batch_size=batch_size)
+
+    def compute(params: Any, state: Any, batch: Any, allow_probe: ArrayLike = True) -> tuple[Any, Any, Any]:
+        found = find_state(state)
+        if found.probing is None:
+            raise ValueError("`state` must be that of an mr_dho2: others take no probes.")
+        params = vectors.vary(params, axis_name)
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
+
+        def plain() -> tuple[Any, Any, Any]:
+            value, grads = value_and_grad(params, batch)
+            return value, grads, vectors.vary(jax.tree.map(jnp.zeros_like, params), axis_name)
+
+        def probe() -> tuple[Any, Any, Any]:
+            segment = found.probing.process.vector
+            vector = segments.whole(segment, hide(params, segment), axis_name)
+            vector = fill(vector, jax.tree.map(jnp.zeros_like, params))
+            vector = vectors.vary(vectors.cast_like(vector, params), axis_name)
+            anchor = found.probing.anchor
+            if anchor is None and batch_size is None:
+                (value, grads), (_, hvp) = jax.jvp(lambda p: value_and_grad(p, batch), (params,), (vector,))
+                return value, grads, hvp
+            at = params if anchor is None else vectors.vary(fill(anchor, params), axis_name)
+            return *value_and_grad(params, batch), product(at, vector, batch)
+
+        return jax.lax.cond(is_due(found) & allow_probe, probe, plain)
+
+    return compute
