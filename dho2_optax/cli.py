@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 import jax
 
 from dho2_optax._version import __version__
-from dho2_optax.poc.optimizers import OPTIMIZERS
+from dho2_optax.poc.optimizers import DEFAULT_OPTIMIZERS, OPTIMIZERS
 
 if TYPE_CHECKING:
     from dho2_optax.poc.tasks import Task
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "--optimizers",
         type=_names,
         metavar="NAMES",
-        help=f"comma-separated: {', '.join(OPTIMIZERS)} (default all)",
+        help=f"comma-separated: {', '.join(OPTIMIZERS)} (default {','.join(DEFAULT_OPTIMIZERS)})",
     )
     how.add_argument(
         "--devices",
@@ -244,7 +244,7 @@ def _poc(options: argparse.Namespace, command: str) -> int:
 
 
 def _optimizers(options: argparse.Namespace) -> tuple[str, ...]:
-    chosen = options.optimizers or tuple(OPTIMIZERS)
+    chosen = options.optimizers or DEFAULT_OPTIMIZERS
     for name in (*chosen, *options.lr):
         if name not in OPTIMIZERS:
             raise _UsageError(f"unknown optimizer {name!r}: choose from {', '.join(OPTIMIZERS)}")

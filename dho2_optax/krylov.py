@@ -33,7 +33,6 @@ class LanczosState(NamedTuple):
     """A Lanczos process between two matvecs."""
 
     basis: Stack  # `order` rows, orthonormal up to and with row `count`; what lies beyond means nothing
-    vector: Vector  # unit norm: row `count`, to be multiplied; zero once the space is exhausted
     projected: jax.Array  # shape=(order, order): column j holds <q_i, A q_j>
     beta: jax.Array  # shape=(): norm of what the last product adds to the space
     scale: jax.Array  # shape=(): largest norm of a product so far, an estimate of |A|
@@ -41,6 +40,12 @@ class LanczosState(NamedTuple):
     restart: jax.Array  # shape=(), dtype=int32: `count` at the last breakdown, 0 if there was none
     exhausted: jax.Array  # shape=(), dtype=bool: the basis spans the whole space
     seed: jax.Array  # shape=(), dtype=uint32: for the random vectors that follow a breakdown
+
+    @property
+    def vector(self) -> Vector:
+        """The next vector to be multiplied, row `count`: of unit norm, or zero once the space is exhausted."""
+        order = self.projected.shape[0]
+        return vectors.row(self.basis, jnp.minimum(self.count, order - 1))
 
 
 class RitzPairs(NamedTuple):
@@ -91,7 +96,7 @@ def start(
     """A process of at most `order` products that starts at `vector`, of any non-zero norm."""
     basis = vectors.zero_stack(order, vector, dtype)
     unit = _unit(vector, basis, axis_name)
-    return _without_basis(basis, unit, seed)._replace(basis=vectors.set_row(basis, 0, unit))
+    return _without_basis(basis, seed)._replace(basis=vectors.set_row(basis, 0, unit))
 
 
 def restart(
@@ -99,7 +104,7 @@ def restart(
 ) -> LanczosState:
     """Where `condition` holds, a new process that starts at `vector` in the buffers of `state`; else `state`."""
     unit = _unit(vector, state.basis, axis_name)
-    fresh = _without_basis(state.basis, unit, seed)
+    fresh = _without_basis(state.basis, seed)
     chosen = jax.tree.map(lambda new, old: jnp.where(condition, new, old), fresh, state._replace(basis=()))
     row = jax.tree.map(lambda new, old: jnp.where(condition, new, old), unit, vectors.row(state.basis, 0))
     return chosen._replace(basis=vectors.set_row(state.basis, 0, row))
@@ -109,14 +114,13 @@ def _unit(vector: Vector, basis: Stack, axis_name: str | None) -> Vector:
     return vectors.cast_like(vectors.scale(1 / vectors.norm(vector, axis_name), vector), basis)
 
 
-def _without_basis(basis: Stack, unit: Vector, seed: jax.Array) -> LanczosState:
+def _without_basis(basis: Stack, seed: jax.Array) -> LanczosState:
     """A process that has taken no product, with `basis` left out."""
     number = vectors.accumulation_dtype(basis)
     order = jax.tree.leaves(basis)[0].shape[0]
     # No array stands for two fields: a state with shared buffers could not be donated.
     return LanczosState(
         basis=(),
-        vector=unit,
         projected=jnp.zeros((order, order), number),
         beta=jnp.zeros((), number),
         scale=jnp.zeros((), number),
@@ -160,18 +164,18 @@ def extend(state: LanczosState, product: Vector, like: Vector, axis_name: str | 
       axis_name: the axis the segments are split over.
     """
     j = state.count
-    w = vectors.cast_like(product, state.vector)
+    basis, vector = state.basis, state.vector
+    w = vectors.cast_like(product, vector)
     epsilon = jnp.finfo(state.beta.dtype).eps
-    basis = state.basis
 
     # The first pass, by the three-term recurrence: w - alpha_j q_j - beta_{j-1} q_{j-1}.
-    alpha, square = _two_dots(state.vector, w, axis_name)
+    alpha, square = _two_dots(vector, w, axis_name)
     beta_before = jnp.where(j > 0, state.projected[j, j - 1], 0)
     previous = vectors.row(basis, jnp.maximum(j - 1, 0))
     w = jax.tree.map(
         lambda x, q, p: x - alpha.astype(x.dtype) * q - beta_before.astype(x.dtype) * p,
         w,
-        state.vector,
+        vector,
         previous,
     )
     # A square that under- or overflows says nothing of the norm: such a product counts as not finite.
@@ -198,17 +202,16 @@ def extend(state: LanczosState, product: Vector, like: Vector, axis_name: str | 
     beta = jnp.where(lost, jnp.nan, jnp.where(breakdown | exhausted, 0, norm))
     usable = ~exhausted & ~lost & jnp.isfinite(norm)
     inverse = jnp.where(usable, 1 / jnp.where(usable, norm, 1), 0)
-    vector = jax.tree.map(lambda x: jnp.where(usable, inverse.astype(x.dtype) * x, 0), w)
+    new_vector = jax.tree.map(lambda x: jnp.where(usable, inverse.astype(x.dtype) * x, 0), w)
 
     # After the last product there is no row for the new vector; the one before is written again.
     last = j + 1 >= state.projected.shape[0]
-    row = jax.tree.map(lambda new, old: jnp.where(last, old, new), vector, state.vector)
+    row = jax.tree.map(lambda new, old: jnp.where(last, old, new), new_vector, vector)
     basis = vectors.set_row(basis, jnp.where(last, j, j + 1), row)
 
     column = jnp.where(breakdown, 0, column).at[j].add(alpha).at[j - 1].add(beta_before)
     return LanczosState(
         basis=basis,
-        vector=vector,
         projected=state.projected.at[:, j].add(column).at[j + 1, j].set(beta, mode="drop"),
         beta=beta,
         scale=scale,

@@ -98,7 +98,7 @@ def streaming(
         process = kept._replace(basis=new.basis)
         last = (process.count >= solver.order) | process.exhausted
         look = (process.count % krylov.CHECK_EVERY == 0) | last
-        small = process._replace(basis=(), vector=())
+        small = process._replace(basis=())
         more, done = jax.lax.cond(
             look & finite,
             lambda: assess(small, jnp.sum(state.spectrum.mask)),
@@ -149,9 +149,10 @@ def streaming(
 
     def advance(state: DHO2State, source: Source) -> DHO2State:
         publishing = state.probing.pending & source.allowed
-        probe_now = is_due(state) & source.allowed
-        choice = jnp.where(publishing, 2, jnp.where(probe_now, 1, 0))
-        return jax.lax.switch(choice, [lambda s: s, lambda s: probe(s, source), lambda s: publish(s, source)], state)
+        probing = is_due(state) & source.allowed
+        # Two conditionals, not a switch: the compiler then copies no big buffer on its way through.
+        state = jax.lax.cond(probing, lambda s: probe(s, source), lambda s: s, state)
+        return jax.lax.cond(publishing, lambda s: publish(s, source), lambda s: s, state)
 
     return Refresh(init=init, advance=advance)
 

@@ -80,9 +80,14 @@ def _assert_decomposition(matrix, state, tolerance=_TOLERANCE):
     basis, projected = basis[:count], projected[:count, :count]
     np.testing.assert_allclose(basis @ basis.T, np.eye(count), atol=_TOLERANCE)
     remainder = matrix @ basis.T - basis.T @ projected
-    remainder[:, -1] -= float(state.beta) * flat(state.vector)
+    if count < state.projected.shape[0]:
+        remainder[:, -1] -= float(state.beta) * flat(state.vector)
+        assert np.max(np.abs(basis @ flat(state.vector))) <= _TOLERANCE
+    else:  # The basis has no row for the next vector: what is left has the norm beta and is orthogonal to the basis.
+        assert np.linalg.norm(remainder[:, -1]) == pytest.approx(float(state.beta), abs=tolerance * scale)
+        assert np.max(np.abs(basis @ remainder[:, -1])) <= tolerance * scale
+        remainder = remainder[:, :-1]
     assert np.max(np.linalg.norm(remainder, axis=0)) <= tolerance * scale
-    assert np.max(np.abs(basis @ flat(state.vector))) <= _TOLERANCE
     return basis, projected
 
 

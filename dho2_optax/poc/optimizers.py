@@ -7,22 +7,37 @@ from typing import Any
 import jax
 import optax
 
-__all__ = ["OPTIMIZERS", "Context", "Optimizer", "schedule"]
+__all__ = ["DEFAULT_OPTIMIZERS", "OPTIMIZERS", "Context", "Gradients", "LossFn", "Optimizer", "schedule"]
 
 _WARMUP_FRACTION = 0.05
 _MOMENTUM = 0.9
+
+LossFn = Callable[[Any, Any], jax.Array]
+"""(params, batch) -> loss."""
+
+Gradients = Callable[[Any, Any, Any], tuple[jax.Array, Any, dict[str, Any]]]
+"""(params, state, batch) -> (loss, gradients, what the update is given besides)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What an optimizer may know about the run that it is built for."""
 
-    loss_fn: Callable[[Any, Any], jax.Array]
-    mesh: jax.sharding.Mesh
+    loss_fn: LossFn
+    mesh: jax.sharding.Mesh  # of the devices that train
     axis_name: str
     num_steps: int
     rank: int
     refresh_interval: int
+    curvature_devices: tuple[jax.Device, ...] = ()  # those that find curvature and do not train
+
+
+def _with_batch(loss_fn: LossFn) -> Gradients:
+    def compute(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any, dict[str, Any]]:
+        del state
+        return *jax.value_and_grad(loss_fn)(params, batch), {"batch": batch}
+
+    return compute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +48,23 @@ class Optimizer:
       description: one line for the report.
       build: maps (learning rate, context) to the optax transformation.
       learning_rates: defaults by model, with "default" for every other model.
-      hybrid: it uses curvature; its update needs `batch=`, and its state has `base_state`.
+      hybrid: it uses curvature, and its state has `base_state`.
+      gradients: maps the loss function to what a training step computes before the update.
+      group: makes the object that finds curvature on `Context.curvature_devices` between the steps. None: all
+        devices train.
     """
 
     description: str
     build: Callable[[float, Context], optax.GradientTransformation]
     learning_rates: Mapping[str, float]
     hybrid: bool = False
+    gradients: Callable[[LossFn], Gradients] = _with_batch
+    group: Callable[[Context], Any] | None = None
+
+    @property
+    def min_devices(self) -> int:
+        """The fewest devices that it runs on."""
+        return 1 if self.group is None else 2
 
     def learning_rate(self, model: str) -> float:
         """Return the default learning rate for a model."""
@@ -100,6 +125,56 @@ def _dho2(learning_rate: float, context: Context) -> optax.GradientTransformatio
     )
 
 
+def _mr_dho2(learning_rate: float, context: Context) -> optax.GradientTransformation:
+    import dho2_optax
+
+    return dho2_optax.mr_dho2(
+        _adam(learning_rate, context),
+        rank=context.rank,
+        # As many products as dho2 makes at most: 2 * rank in each refresh interval.
+        probe_interval=max(1, context.refresh_interval // (2 * context.rank)),
+        mesh=context.mesh,
+        axis_name=context.axis_name,
+    )
+
+
+def _with_product(loss_fn: LossFn) -> Gradients:
+    import dho2_optax
+
+    value_grad_and_hvp = dho2_optax.value_grad_and_hvp(loss_fn)
+
+    def compute(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any, dict[str, Any]]:
+        loss, grads, product = value_grad_and_hvp(params, state, batch)
+        return loss, grads, {"hvp": product}
+
+    return compute
+
+
+def _mr_dho2_roles(learning_rate: float, context: Context) -> optax.GradientTransformation:
+    import dho2_optax
+
+    return dho2_optax.dho2(
+        _adam(learning_rate, context),
+        rank=context.rank,
+        refresh_interval=None,
+        mesh=context.mesh,
+        axis_name=context.axis_name,
+    )
+
+
+def _curvature_group(context: Context) -> Any:
+    import dho2_optax
+
+    return dho2_optax.CurvatureGroup(
+        context.loss_fn,
+        devices=list(context.curvature_devices),
+        rank=context.rank,
+        interval=context.refresh_interval,
+    )
+
+
+_DHO2_RATES = {"default": 3e-3, "mlp": 0.02, "cnn": 0.02, "autoencoder": 0.01}
+
 OPTIMIZERS: dict[str, Optimizer] = {
     "sgd": Optimizer(
         "SGD with momentum 0.9, first order",
@@ -120,12 +195,29 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "dho2": Optimizer(
         "DHO2 on Adam, its state split over the devices",
         _dho2,
-        {"default": 3e-3, "mlp": 0.02, "cnn": 0.02, "autoencoder": 0.01},
+        _DHO2_RATES,
         hybrid=True,
+    ),
+    "mr-dho2": Optimizer(
+        "DHO2 on Adam, its refresh spread over the steps: one curvature product every few of them",
+        _mr_dho2,
+        _DHO2_RATES,
+        hybrid=True,
+        gradients=_with_product,
+    ),
+    "mr-dho2-roles": Optimizer(
+        "DHO2 on Adam, its curvature found on devices that do not train",
+        _mr_dho2_roles,
+        _DHO2_RATES,
+        hybrid=True,
+        group=_curvature_group,
     ),
 }
 """The optimizers by name, in the order of the report.
 
 The learning rates of mlp, cnn and autoencoder are what `--tune` finds on the digits with the default settings,
-each inside its grid.
+each inside its grid; the two MR-DHO2 have those of DHO2.
 """
+
+DEFAULT_OPTIMIZERS = ("sgd", "adam", "fosi", "dho2", "mr-dho2")
+"""What is compared if nothing else is asked for."""

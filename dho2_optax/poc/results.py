@@ -41,15 +41,20 @@ class Row:
     devices: int
     seed: int | None  # None if the program was only compiled
     learning_rate: float
-    status: str  # "ok", "diverged", "failed" or "compiled"
+    status: str  # "ok", "diverged", "failed", "compiled", or what the optimizer needs and the run has not
     message: str = ""
+    # Of the devices. Those that find curvature and do not train are a group of their own, or there are none.
+    train_devices: int | None = None
+    curvature_devices: int | None = None
     compile_seconds: float | None = None
-    # Bytes on one device.
+    # Bytes on one device that trains.
     parameter_bytes: int | None = None
     base_state_bytes: int | None = None
     curvature_state_bytes: int | None = None
     temporary_bytes: int | None = None
     total_bytes: int | None = None
+    # Bytes of the Lanczos program on one device that finds curvature and does not train.
+    curvature_device_bytes: int | None = None
     # Bytes that one device sends.
     traffic_per_step: float | None = None
     traffic_per_refresh: float | None = None
@@ -57,13 +62,19 @@ class Row:
     losses: list[float] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
     refresh_steps: list[int] = dataclasses.field(default_factory=list)
+    probe_steps: list[int] = dataclasses.field(default_factory=list)
     counters: dict[str, float] = dataclasses.field(default_factory=dict)
     eval_seconds: float | None = None
     final_loss: float | None = None
     test_loss: float | None = None
     test_accuracy: float | None = None
     step_seconds_median: float | None = None
+    step_seconds_p90: float | None = None
     step_seconds_p99: float | None = None
+    step_seconds_max: float | None = None
+    step_seconds_tail: float | None = None  # the 99th percentile, in medians
+    # Beyond the median of the steps that do neither.
+    probe_seconds: float | None = None
     refresh_seconds: float | None = None
     steps_to_target: int | None = None
     seconds_to_target: float | None = None
@@ -84,15 +95,22 @@ class Row:
         """Fill in what follows from the losses and the step times."""
         if not self.losses:
             return
-        self.step_seconds_median = float(np.median(self.seconds))
-        self.step_seconds_p99 = float(np.percentile(self.seconds, 99))
+        median, p90, p99 = (float(np.percentile(self.seconds, q)) for q in (50, 90, 99))
+        self.step_seconds_median, self.step_seconds_p90, self.step_seconds_p99 = median, p90, p99
+        self.step_seconds_max = max(self.seconds)
+        self.step_seconds_tail = p99 / median
         if self.status == "ok":
             self.final_loss = float(smoothed(self.losses)[-1])
-        refreshes = set(self.refresh_steps)
-        ordinary = [s for i, s in enumerate(self.seconds) if i not in refreshes]
-        if refreshes and ordinary:
-            mean = statistics.fmean(self.seconds[i] for i in refreshes)
-            self.refresh_seconds = max(0.0, mean - statistics.median(ordinary))
+        self.probe_seconds = self._beyond_ordinary(self.probe_steps)
+        self.refresh_seconds = self._beyond_ordinary(self.refresh_steps)
+
+    def _beyond_ordinary(self, steps: Sequence[int]) -> float | None:
+        """Seconds that some steps take on average beyond those that neither probe nor refresh."""
+        special = {*self.refresh_steps, *self.probe_steps}
+        ordinary = [s for i, s in enumerate(self.seconds) if i not in special]
+        if not (steps and ordinary):
+            return None
+        return max(0.0, statistics.fmean(self.seconds[i] for i in steps) - statistics.median(ordinary))
 
     def aim(self, target: float) -> None:
         """Find the first step at which the smoothed loss is at the target or below."""
@@ -177,8 +195,10 @@ class Summary:
     optimizer: str
     devices: int
     learning_rate: float
-    status: str  # "ok", "compiled", "diverged", "failed", or "diverged in 1 of 3"
+    status: str  # as that of the rows, or "diverged in 1 of 3"
     message: str
+    train_devices: int | None
+    curvature_devices: int | None
     trained: bool
     reached: int  # number of seeds that reached the target
     seeds: int
@@ -197,6 +217,7 @@ _NUMERIC = (
     "optimizer_bytes",
     "temporary_bytes",
     "total_bytes",
+    "curvature_device_bytes",
     "traffic_per_step",
     "traffic_per_refresh",
     "eval_seconds",
@@ -204,7 +225,11 @@ _NUMERIC = (
     "test_loss",
     "test_accuracy",
     "step_seconds_median",
+    "step_seconds_p90",
     "step_seconds_p99",
+    "step_seconds_max",
+    "step_seconds_tail",
+    "probe_seconds",
     "refresh_seconds",
     "steps_to_target",
     "seconds_to_target",
@@ -254,6 +279,8 @@ def _summary(task: str, optimizer: str, devices: int, rows: list[Row]) -> Summar
         learning_rate=rows[0].learning_rate,
         status=status,
         message=bad[0].message if bad else "",
+        train_devices=rows[0].train_devices,
+        curvature_devices=rows[0].curvature_devices,
         trained=any(row.trained for row in rows),
         reached=reached,
         seeds=len(rows),
@@ -366,8 +393,9 @@ def _compare(task: dict[str, Any], hybrid: Summary, group: list[Summary], said: 
     if rival is not None and ours is not None:
         ratio = ours / (rival["step_seconds_median"] or math.inf)
         if ratio > _TIE_SECONDS:
-            refresh = hybrid["refresh_seconds"]
-            pause = f", and {refresh:.2g} s more for each refresh" if refresh else ""
+            extra = {"probe": hybrid["probe_seconds"], "refresh": hybrid["refresh_seconds"]}
+            more = [f"{seconds:.2g} s more for each {name}" for name, seconds in extra.items() if seconds]
+            pause = f", and {' and '.join(more)}" if more else ""
             said["does_not_win"].append(
                 f"{who}'s median step takes {ratio:.1f} times as long as {rival.optimizer}'s{pause}."
             )

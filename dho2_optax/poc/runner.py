@@ -194,11 +194,16 @@ class _Session:
         """Compile a program; a failure becomes the row's status."""
         name, devices = spec.optimizer, spec.num_devices
         row = Row(task.name, name, devices, None, spec.learning_rate, "compiled")
+        if devices < OPTIMIZERS[name].min_devices:
+            row.status = f"needs {count_devices(OPTIMIZERS[name].min_devices)}"
+            return row, None
         note = f"{task.name} {name}, {count_devices(devices)}: compiling"
         self.progress.update(self._one, completed=0, note=note)
         program = _attempt(row, lambda: compile_program(task, spec, to_run=to_run))
         if program is not None:
             row.compile_seconds = program.compile_seconds
+            row.curvature_devices = len(program.context.curvature_devices)
+            row.train_devices = program.context.mesh.size
             footprint = program.footprint
             row.parameter_bytes = footprint.parameters
             row.base_state_bytes = footprint.base_state
@@ -206,6 +211,7 @@ class _Session:
             row.temporary_bytes = footprint.temporaries
             row.total_bytes = footprint.total
             row.traffic_per_step = footprint.traffic_per_step
+            row.curvature_device_bytes = footprint.curvature_device
         return row, program
 
     def _plan(self, task: Task, spec: Spec) -> Row:
@@ -236,15 +242,19 @@ class _Session:
             return
         row.status = measured.status
         row.losses, row.seconds = measured.losses, measured.seconds
-        row.refresh_steps, row.counters = measured.refresh_steps, measured.counters
+        row.refresh_steps, row.probe_steps = measured.refresh_steps, measured.probe_steps
+        row.counters = measured.counters
         row.test_loss, row.test_accuracy = measured.test_loss, measured.test_accuracy
         row.eval_seconds = measured.eval_seconds
         if row.status == "diverged":
             row.message = f"loss not finite after {len(row.losses)} steps"
-        if row.refresh_steps and "matvecs" in row.counters:
-            matvecs = row.counters["matvecs"] / len(row.refresh_steps)
-            footprint = program.footprint
-            row.traffic_per_refresh = footprint.traffic_per_refresh + matvecs * footprint.traffic_per_matvec
+        # What goes from one group of devices to another is in no program.
+        if row.refresh_steps and not row.curvature_devices:
+            count, footprint = len(row.refresh_steps), program.footprint
+            # Where steps of their own make the products, what branches send is theirs, but for a few numbers.
+            parts = (len(row.probe_steps) or count) / count
+            matvecs = row.counters["matvecs"] / count
+            row.traffic_per_refresh = parts * footprint.traffic_per_refresh + matvecs * footprint.traffic_per_matvec
         row.measure()
 
     def _add(self, row: Row) -> None:
@@ -264,7 +274,7 @@ class _Session:
         elif row.status == "compiled":
             text = f"{where}: compiled only"
         else:
-            text = f"{where}: {rate}, {row.status} ({row.message})"
+            text = f"{where}: {rate}, {row.status}" + (f" ({row.message})" if row.message else "")
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _total(self) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -52,8 +53,9 @@ class Footprint:
     temporaries: int
     total: int
     traffic_per_step: float  # sent by one device with ring collectives, on every step
-    traffic_per_refresh: float  # the part of a refresh outside its loop
+    traffic_per_refresh: float  # besides, in a refresh outside its loop, or in a probe
     traffic_per_matvec: float  # the part of a refresh that each round of its loop repeats
+    curvature_device: int | None  # all of the Lanczos program, on a device that does not train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +63,10 @@ class Program:
     """A compiled training step and what is needed to start it."""
 
     spec: Spec
+    context: Context
     step: Any  # compiled: (params, state, batch) -> (params, state, loss, counters)
     init_state: Any  # compiled: params -> optimizer state
     state_shardings: Any
-    mesh: Mesh
     compile_seconds: float
     footprint: Footprint
 
@@ -76,7 +78,8 @@ class Run:
     status: str  # "ok" or "diverged"
     losses: list[float]  # of each step, before its update
     seconds: list[float]  # of each step
-    refresh_steps: list[int]  # the steps in which the curvature was refreshed
+    refresh_steps: list[int]  # the steps in which a new spectrum was put in use
+    probe_steps: list[int]  # the other steps in which a curvature product was made
     counters: dict[str, float]  # the last values of the optimizer's own counters
     test_loss: float | None
     test_accuracy: float | None
@@ -129,7 +132,12 @@ def compile_program(task: Task, spec: Spec, *, to_run: bool = True) -> Program:
     Returns:
       The program.
     """
-    mesh = Mesh(np.array(jax.devices()[: spec.num_devices]), (_AXIS,))
+    optimizer = OPTIMIZERS[spec.optimizer]
+    num_train, num_curvature = spec.num_devices, 0
+    if optimizer.group is not None:
+        num_train, num_curvature = roles(spec.num_devices, spec.batch_size)
+    devices = jax.devices()
+    mesh = Mesh(np.array(devices[:num_train]), (_AXIS,))
     replicated = NamedSharding(mesh, PartitionSpec())
     context = Context(
         loss_fn=task.loss_fn,
@@ -138,8 +146,9 @@ def compile_program(task: Task, spec: Spec, *, to_run: bool = True) -> Program:
         num_steps=spec.num_steps,
         rank=spec.rank,
         refresh_interval=spec.refresh_interval,
+        curvature_devices=tuple(devices[num_train : num_train + num_curvature]),
     )
-    optimizer = OPTIMIZERS[spec.optimizer]
+    compute = optimizer.gradients(task.loss_fn)
     begin = time.perf_counter()
     tx = optax.with_extra_args_support(optimizer.build(spec.learning_rate, context))
     params = _abstract(jax.eval_shape(task.init, jax.random.key(0)), replicated)
@@ -156,8 +165,8 @@ def compile_program(task: Task, spec: Spec, *, to_run: bool = True) -> Program:
     )
 
     def train_step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array, Any]:
-        loss, grads = jax.value_and_grad(task.loss_fn)(params, batch)
-        updates, state = tx.update(grads, state, params, batch=batch)
+        loss, grads, extra = compute(params, state, batch)
+        updates, state = tx.update(grads, state, params, **extra)
         counters = _counters(state) if optimizer.hybrid else {}
         return optax.apply_updates(params, updates), state, loss, counters
 
@@ -167,9 +176,31 @@ def compile_program(task: Task, spec: Spec, *, to_run: bool = True) -> Program:
         .lower(params, state, batch)
         .compile(None if to_run or jax.default_backend() != "cpu" else _UNOPTIMIZED)
     )
+    curvature_device = None if optimizer.group is None else optimizer.group(context).memory(params, batch).total
     seconds = time.perf_counter() - begin
-    footprint = _footprint(step, params, state, hybrid=optimizer.hybrid)
-    return Program(spec, step, init_state, shardings[1], mesh, seconds, footprint)
+    footprint = _footprint(step, params, state, hybrid=optimizer.hybrid, curvature_device=curvature_device)
+    return Program(spec, context, step, init_state, shardings[1], seconds, footprint)
+
+
+def roles(num_devices: int, batch_size: int) -> tuple[int, int]:
+    """Split devices in two groups: as many as can share a batch train, but not all; others find curvature.
+
+    Each group must share the batch evenly, so a device may be left over.
+
+    Returns:
+      The number of devices that train, and that of those that find curvature.
+
+    Example:
+      >>> from dho2_optax.poc.training import roles
+      >>> roles(2, batch_size=256), roles(8, batch_size=256), roles(7, batch_size=252)
+      ((1, 1), (4, 4), (6, 1))
+    """
+
+    def largest(limit: int) -> int:
+        return next(n for n in range(limit, 0, -1) if batch_size % n == 0)
+
+    train = largest(num_devices - 1)
+    return train, largest(num_devices - train)
 
 
 def train(
@@ -181,7 +212,8 @@ def train(
 ) -> Run:
     """Train from a seed, waiting for every step so that its time is its own.
 
-    Placing the batch on the devices is not part of a step's time: it is the same for all.
+    Placing the batch on the devices is not part of a step's time: it is the same for all. What a step does for
+    devices that find curvature is.
 
     Args:
       task: what to train.
@@ -194,32 +226,48 @@ def train(
       The measurements; on the first loss that is not finite the run stops as "diverged".
     """
     spec = program.spec
-    batches = _batches(task, spec.batch_size, seed, program.mesh)
+    batches = _batches(task, spec.batch_size, seed, program.context.mesh)
     # Warm-up: the first call of a program is slower. Its results are dropped.
     first = next(batches)
     jax.block_until_ready(program.step(*_start(task, program, seed), first))
     params, state = _start(task, program, seed)
-    run = Run("ok", [], [], [], {}, None, None, 0.0)
-    batch, refreshes = first, 0
-    for step in range(spec.num_steps):
-        begin = time.perf_counter()
-        params, state, loss, counters = program.step(params, state, batch)
-        jax.block_until_ready((params, state, loss))
-        run.seconds.append(time.perf_counter() - begin)
-        run.losses.append(float(loss))
-        run.counters = {name: float(value) for name, value in counters.items()}
-        if run.counters.get("refreshes", 0) > refreshes:
-            refreshes = run.counters["refreshes"]
-            run.refresh_steps.append(step)
-        on_step(step, run.losses[-1])
-        if not math.isfinite(run.losses[-1]):
-            run.status = "diverged"
-            return run
-        batch = next(batches)
+    make_group = OPTIMIZERS[spec.optimizer].group
+    group = None if make_group is None else make_group(program.context)
+    if group is not None:
+        group.memory(params, first)  # compiles
+    run = Run("ok", [], [], [], [], {}, None, None, 0.0)
+    batch = first
+    try:
+        for step in range(spec.num_steps):
+            begin = time.perf_counter()
+            if group is not None:
+                state = group.advance(state, params, batch)
+            params, state, loss, counters = program.step(params, state, batch)
+            jax.block_until_ready((params, state, loss))
+            run.seconds.append(time.perf_counter() - begin)
+            run.losses.append(float(loss))
+            before, run.counters = run.counters, {name: float(value) for name, value in counters.items()}
+            if _grew("refreshes", before, run.counters):
+                run.refresh_steps.append(step)
+            elif _grew("matvecs", before, run.counters):
+                run.probe_steps.append(step)
+            on_step(step, run.losses[-1])
+            if not math.isfinite(run.losses[-1]):
+                run.status = "diverged"
+                return run
+            batch = next(batches)
+    finally:
+        if group is not None:
+            run.counters |= group.metrics()
+            group.close()
     run.test_loss, run.test_accuracy, run.eval_seconds = evaluate(params)
     if not math.isfinite(run.test_loss):
         run.status = "diverged"
     return run
+
+
+def _grew(name: str, before: dict[str, float], after: dict[str, float]) -> bool:
+    return after.get(name, 0.0) > before.get(name, 0.0)
 
 
 def _batches(task: Task, batch_size: int, seed: int, mesh: Mesh) -> Iterator[Any]:
@@ -234,7 +282,7 @@ def _batches(task: Task, batch_size: int, seed: int, mesh: Mesh) -> Iterator[Any
 
 
 def _start(task: Task, program: Program, seed: int) -> tuple[Any, Any]:
-    replicated = NamedSharding(program.mesh, PartitionSpec())
+    replicated = NamedSharding(program.context.mesh, PartitionSpec())
     params = jax.device_put(jax.jit(task.init)(jax.random.key(seed)), replicated)
     state = jax.device_put(program.init_state(params), program.state_shardings)
     return params, state
@@ -255,11 +303,12 @@ def _counters(state: Any) -> dict[str, jax.Array]:
     return {name: values[name] for name in _COUNTERS if name in values}
 
 
-def _footprint(step: Any, params: Any, state: Any, *, hybrid: bool) -> Footprint:
+def _footprint(step: Any, params: Any, state: Any, *, hybrid: bool, curvature_device: int | None) -> Footprint:
     memory = plan.memory(step)
     state_bytes = plan.tree_bytes_per_device(state)
     base_bytes = plan.tree_bytes_per_device(state.base_state) if hybrid else state_bytes
-    per_step = per_refresh = per_matvec = 0.0
+    per_step = per_matvec = 0.0
+    in_branches: dict[str, float] = {}
     for operation in plan.collectives(step):
         traffic = operation.traffic * (1 if operation.trips is None else operation.trips)
         if not operation.in_branch:
@@ -267,7 +316,12 @@ def _footprint(step: Any, params: Any, state: Any, *, hybrid: bool) -> Footprint
         elif operation.trips is None:
             per_matvec += traffic
         else:
-            per_refresh += traffic
+            in_branches[operation.computation] = in_branches.get(operation.computation, 0.0) + traffic
+    # What all branches of a conditional send, such as the gradient with and without a product, every step sends.
+    for branches in _conditionals(step.as_text()):
+        least = min(in_branches.get(name, 0.0) for name in branches)
+        per_step += least
+        in_branches |= {name: in_branches[name] - least for name in branches if least}
     return Footprint(
         parameters=plan.tree_bytes_per_device(params),
         base_state=base_bytes,
@@ -275,6 +329,16 @@ def _footprint(step: Any, params: Any, state: Any, *, hybrid: bool) -> Footprint
         temporaries=memory.temp,
         total=memory.total,
         traffic_per_step=per_step,
-        traffic_per_refresh=per_refresh,
+        traffic_per_refresh=sum(in_branches.values()),
         traffic_per_matvec=per_matvec,
+        curvature_device=curvature_device,
     )
+
+
+def _conditionals(text: str) -> Iterator[list[str]]:
+    """Yield the branches of each conditional of an HLO module, by the names of their computations."""
+    for line in text.splitlines():
+        if " conditional(" in line:
+            several = re.search(r"branch_computations=\{([^}]*)\}", line)
+            names = several.group(1).split(",") if several else re.findall(r"(?:true|false)_computation=([^\s,]+)", line)
+            yield [name.strip().lstrip("%") for name in names]
