@@ -71,17 +71,18 @@ def rotate_state(
     eigenvalue. Applies to every floating-point leaf of length ``k``; counters and the like stay.
     """
     num_pairs = new.eigenvalues.shape[0]
-    rotation = vectors.gram(new.eigenvectors, old.eigenvectors, axis_name)
+    before = after = 1.0
     if damping is not None:
+        before = inverse_eigenvalues(old, damping)
         scale = inverse_eigenvalues(new, damping)
-        scale = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
-        rotation = scale[:, None] * rotation * inverse_eigenvalues(old, damping)
+        after = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
 
     def rotate(leaf: jax.Array) -> jax.Array:
         if leaf.shape != (num_pairs,) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
-        turned = jnp.dot(rotation.astype(leaf.dtype), leaf, precision=jax.lax.Precision.HIGHEST)
-        return turned.astype(leaf.dtype)
+        # By way of the whole space: two passes over the eigenvectors, where R itself would take k of them.
+        direction = vectors.combine(before * leaf.astype(old.eigenvalues.dtype), old.eigenvectors)
+        return (after * vectors.dots(new.eigenvectors, direction, axis_name)).astype(leaf.dtype)
 
     return jax.tree.map(rotate, state)
 

@@ -97,13 +97,6 @@ def norm(x: Vector, axis_name: str | None = None) -> jax.Array:
     return jnp.sqrt(dot(x, x, axis_name))
 
 
-def gram(rows: Stack, columns: Stack, axis_name: str | None = None) -> jax.Array:
-    r"""The matrix of all inner products :math:`\langle r_i, c_j \rangle`."""
-    one_column = lambda column: dots(rows, column)  # noqa: E731
-    local = lax.map(one_column, columns).T
-    return local if axis_name is None else lax.psum(local, axis_name)
-
-
 def combine(coefficients: jax.Array, stack: Stack) -> Vector:
     r""":math:`\sum_i a_i s_i`, one pass over the stack; a matrix of coefficients gives a stack."""
 
