@@ -1,13 +1,14 @@
 """Curvature on devices of its own: the training devices go on while others run the Lanczos process.
 
-The roles of MR-DHO2 (Gu et al., arXiv 2505.00982). One Python process drives both groups of devices: programs are
-dispatched asynchronously, so the host launches a Lanczos process on a copy of the parameters, goes on launching
-training steps, and looks now and then whether the spectrum is there.
+The roles of MR-DHO2 (Gu et al., arXiv 2505.00982). One Python process drives both groups of devices: a thread launches
+a Lanczos process on a copy of the parameters and waits for it, while the caller goes on launching training steps and
+looks now and then whether the spectrum is there.
 """
 
+import threading
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +25,48 @@ from dho2_optax.state import DHO2State, find_state, replace_state
 from dho2_optax.subspace import Damping
 
 _AXIS = "curvature"
-_POLL_SECONDS = 5e-4
+_POLL_SECONDS = 0.1
+
+_Found = tuple[Spectrum, bool, int]  # in segments over the group; whether all numbers were finite; products made
 
 
-class _Flight(NamedTuple):
-    """A Lanczos process that has been launched."""
+class _Flight:
+    """A Lanczos process that has been launched, in a thread of its own."""
 
-    launched_at: int  # updates before
-    seconds: float  # on the clock then
-    spectrum: Spectrum  # in segments over the group; the old one where `finite` is false
-    finite: Any  # shape=(), dtype=bool
-    matvecs: jax.Array  # shape=(), dtype=int32
+    def __init__(self, launched_at: int, compile_program: Callable[[], Any], arguments: Sequence[Any]) -> None:
+        self.launched_at = launched_at  # updates before
+        self.begin: float | None = None  # on the clock, once the program is compiled
+        self.end: float | None = None
+        self.found: _Found | None = None
+        self.error: Exception | None = None
+        self._done = threading.Event()
+        # A daemon: a device that hangs must not keep the program from ending.
+        threading.Thread(target=self._run, args=(compile_program, arguments), daemon=True).start()
+
+    def _run(self, compile_program: Callable[[], Any], arguments: Sequence[Any]) -> None:
+        try:
+            program = compile_program()
+            self.begin = time.perf_counter()
+            spectrum, finite, matvecs = jax.block_until_ready(program(*arguments))
+            self.found = (spectrum, bool(finite), int(matvecs))
+        except Exception as error:
+            self.error = error
+        self.end = time.perf_counter()
+        self._done.set()
+
+    def is_done(self) -> bool:
+        return self._done.is_set()
+
+    def seconds(self) -> float:
+        """How long it has been running, or ran."""
+        if self.begin is None:
+            return 0.0
+        return (time.perf_counter() if self.end is None else self.end) - self.begin
+
+    def wait(self, timeout: float) -> None:
+        """Returns when it is done, or has been running for `timeout` seconds."""
+        while not self._done.wait(_POLL_SECONDS) and self.seconds() < timeout:
+            pass
 
 
 class CurvatureGroup:
@@ -49,7 +81,7 @@ class CurvatureGroup:
 
     The eigenvectors and the Krylov basis are split over the devices of the group. The devices must be of this process.
     On GPU and TPU the groups run at the same time. On CPU two programs that both have several devices take turns;
-    a group of one device runs beside the training. Programs are compiled in the first call of :meth:`advance`.
+    a group of one device runs beside the training.
 
     Args:
       loss_fn: ``(params, batch) -> loss``, a scalar mean over samples; with `has_aux` ``(loss, aux)``.
@@ -68,8 +100,8 @@ class CurvatureGroup:
       interval: updates between two launches, at least.
       deterministic: use the spectrum launched after update ``t`` from update ``t + interval`` on, neither earlier nor
         later, waiting for it if need be. Then two runs give the same parameters bit for bit.
-      timeout: seconds after which a process counts as stalled and is given up. No other is launched before its
-        devices are free again.
+      timeout: seconds after which a process counts as stalled and is given up, compilation apart. No other is
+        launched before it has ended after all.
 
     Raises:
       ValueError: for options out of range, and in :meth:`advance` for an optimizer of another rank, or a batch that the
@@ -158,7 +190,7 @@ class CurvatureGroup:
         self._interval = interval
         self._deterministic = deterministic
         self._timeout = timeout
-        self._solve: Any = None  # compiled: (params, batch, old spectrum, count) -> (spectrum, finite, matvecs)
+        self._solve: Any = None  # compiled: (params, batch, old spectrum, count) -> see `_Found`
         self._convert: Any = None  # compiled: eigenvectors in segments of the group -> in the optimizer's shapes
         self._deliver: Any = None  # compiled: (optimizer state, spectrum, count, matvecs) -> optimizer state
         self._spectrum: Spectrum | None = None  # the last good one
@@ -173,6 +205,11 @@ class CurvatureGroup:
         self._last_error: str | None = None
 
     @property
+    def devices(self) -> list[Any]:
+        """The devices of the group."""
+        return list(self._mesh.devices.flat)
+
+    @property
     def last_error(self) -> str | None:
         """What the last process that failed raised."""
         return self._last_error
@@ -183,8 +220,7 @@ class CurvatureGroup:
         Returns:
           A dict: ``launches``, ``installed``; ``rejected`` (a number was not finite), ``failures`` (an error on a
           device), ``stalls``; ``staleness`` (updates between the snapshot and the use of the last spectrum);
-          ``wait_seconds`` (that :meth:`advance` waited for processes) and ``busy_seconds`` (from launches until their
-          end was seen).
+          ``wait_seconds`` (that :meth:`advance` waited for processes) and ``busy_seconds`` (that processes ran).
         """
         return {
             **{name: float(value) for name, value in self._events.items()},
@@ -214,7 +250,9 @@ class CurvatureGroup:
         else:
             self._count += 1
         state = self._collect(state)
-        if self._flight is None and self._is_free() and self._count >= self._next_launch:
+        if self._stalled is not None and self._stalled.is_done():
+            self._stalled = None
+        if self._flight is None and self._stalled is None and self._count >= self._next_launch:
             self._launch(params, batch)
         return state
 
@@ -222,10 +260,7 @@ class CurvatureGroup:
         """Waits for what is in flight, and drops it."""
         for flight in (self._flight, self._stalled):
             if flight is not None:
-                try:
-                    jax.block_until_ready(flight)
-                except jax.errors.JaxRuntimeError as error:
-                    self._last_error = str(error)
+                flight.wait(self._timeout)
         self._flight = self._stalled = None
 
     def _collect(self, state: Any) -> Any:
@@ -233,60 +268,50 @@ class CurvatureGroup:
         flight, count = self._flight, self._count or 0
         if flight is None or (self._deterministic and count < flight.launched_at + self._interval):
             return state
-        begin = time.perf_counter()
-        try:
-            if self._deterministic:
-                while not flight.finite.is_ready() and time.perf_counter() - flight.seconds < self._timeout:
-                    time.sleep(_POLL_SECONDS)
-                self._wait_seconds += time.perf_counter() - begin
-            if not flight.finite.is_ready():
-                if time.perf_counter() - flight.seconds >= self._timeout:
-                    self._events["stalls"] += 1
-                    self._flight, self._stalled = None, flight
-                return state
-            self._flight = None
-            self._busy_seconds += time.perf_counter() - flight.seconds
-            finite, matvecs = bool(flight.finite), int(flight.matvecs)
-            jax.block_until_ready(flight.spectrum)
-        except jax.errors.JaxRuntimeError as error:
-            self._flight = None
-            self._events["failures"] += 1
-            self._last_error = str(error)
+        if self._deterministic:
+            begin = time.perf_counter()
+            flight.wait(self._timeout)
+            self._wait_seconds += time.perf_counter() - begin
+        if not flight.is_done():
+            if flight.seconds() >= self._timeout:
+                self._events["stalls"] += 1
+                self._flight, self._stalled = None, flight
             return state
+        self._flight = None
+        self._busy_seconds += flight.seconds()
+        if flight.found is None:
+            if not isinstance(flight.error, jax.errors.JaxRuntimeError):
+                raise flight.error or RuntimeError("the Lanczos process ended without a result.")
+            self._events["failures"] += 1
+            self._last_error = str(flight.error)
+            return state
+        spectrum, finite, matvecs = flight.found
         if not finite:
             self._events["rejected"] += 1
             return state
-        self._spectrum = flight.spectrum
+        self._spectrum = spectrum
         self._events["installed"] += 1
         self._staleness = count - flight.launched_at
-        return self._install(state, flight, matvecs)
-
-    def _is_free(self) -> bool:
-        """Whether the devices have got through a process that stalled."""
-        if self._stalled is not None and self._stalled.finite.is_ready():
-            self._stalled = None
-        return self._stalled is None
+        return self._install(state, spectrum, flight.launched_at, matvecs)
 
     def _launch(self, params: Any, batch: Any) -> None:
         count = self._count or 0
         self._next_launch = count + self._interval
-        solve = self._compile(params, batch)
-        begin = time.perf_counter()
         try:
             params, batch = self._snapshot(params), self._place(batch)
             if self._spectrum is None:
                 self._spectrum = self._empty(params)
             number = jax.device_put(np.int32(count), NamedSharding(self._mesh, PartitionSpec()))
-            self._flight = _Flight(count, begin, *solve(params, batch, self._spectrum, number))
         except jax.errors.JaxRuntimeError as error:
             self._events["failures"] += 1
             self._last_error = str(error)
             return
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch))
+        self._flight = _Flight(count, lambda: self._compile(*abstract), (params, batch, self._spectrum, number))
         self._events["launches"] += 1
 
     def _snapshot(self, params: Any) -> Any:
         """A copy of the parameters on every device of the group; waits for nothing if they are replicated."""
-        devices = list(self._mesh.devices.flat)
         everywhere = NamedSharding(self._mesh, PartitionSpec())
 
         def copy(x: jax.Array) -> jax.Array:
@@ -294,7 +319,7 @@ class CurvatureGroup:
                 return jax.device_put(x, everywhere, may_alias=False)
             # From one device to one device: a transfer between groups of different sizes would wait for its source.
             one = x.addressable_shards[0].data
-            copies = [jax.device_put(one, device, may_alias=False) for device in devices]
+            copies = [jax.device_put(one, device, may_alias=False) for device in self.devices]
             return jax.make_array_from_single_device_arrays(x.shape, everywhere, copies)
 
         return jax.tree.map(lambda x: copy(jnp.asarray(x)), params)
@@ -357,13 +382,12 @@ class CurvatureGroup:
         ).compile()
         return self._solve
 
-    def _install(self, state: Any, flight: _Flight, matvecs: int) -> Any:
-        """`state` with the spectrum of a process that has ended, moved to the devices of the state."""
+    def _install(self, state: Any, found: Spectrum, launched_at: int, matvecs: int) -> Any:
+        """`state` with a spectrum in use that was found by the group, moved to the devices of the state."""
         ours = find_state(state)
         base_state = ours.base_state
         ours = ours._replace(base_state=())
         target = ours.spectrum.eigenvectors
-        found = flight.spectrum
         if found.eigenvalues.shape != ours.spectrum.eigenvalues.shape:
             raise ValueError(
                 f"`rank` + `num_smallest` must be those of the optimizer, {ours.spectrum.eigenvalues.size}, got "
@@ -384,7 +408,7 @@ class CurvatureGroup:
                 return state._replace(matvecs=state.matvecs + matvecs)
 
             self._deliver = jax.jit(deliver, out_shardings=jax.tree.map(lambda x: x.sharding, ours))
-        ours = self._deliver(ours, moved, jnp.int32(flight.launched_at), jnp.int32(matvecs))
+        ours = self._deliver(ours, moved, jnp.int32(launched_at), jnp.int32(matvecs))
         return replace_state(state, ours._replace(base_state=base_state))
 
     def _relayout(self, found: Any, target: Any) -> Any:

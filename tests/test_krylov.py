@@ -291,6 +291,90 @@ def test_a_moving_operator_keeps_the_basis_orthonormal():
     np.testing.assert_allclose(pairs.values, symmetrised, atol=1e-4)
 
 
+@pytest.mark.parametrize("count", [1, 7, _ORDER])
+def test_residuals_tell_of_the_movement_of_the_operator(count):
+    start, drift = symmetric(_SPECTRA["outliers"]), symmetric(_SPECTRA["indefinite"], seed=9)
+    matrices = np.float32([start + 0.5 * j * drift for j in range(count)])
+    state = _begin(_random(1))
+    for matrix in matrices:
+        state = _extend(matrix, state)
+    pairs = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.jit(krylov.ritz)(state))
+    basis = flat_rows(state.basis)[:count]
+    products = np.stack([matrix.astype(np.float64) @ q for matrix, q in zip(matrices, basis, strict=True)])
+    coefficients = pairs.coefficients.T[:count, :count]
+    dense = coefficients @ products - pairs.values[:count, None] * (coefficients @ basis)
+    np.testing.assert_allclose(pairs.residuals[:count], np.linalg.norm(dense, axis=1), atol=2e-4)
+    # What the last product adds to the space does not explain them.
+    outside = np.abs(float(state.beta) * coefficients[:, -1])
+    if count > 1:
+        assert np.max(pairs.residuals[:count] / outside) > 2
+        assert np.all(pairs.residuals[:count] >= outside - 1e-5)
+
+
+_restart = jax.jit(
+    lambda state, first, condition: krylov.restart(state, first, seed=jnp.uint32(0), condition=condition)
+)
+
+
+@pytest.mark.parametrize("name", ["outliers", "low rank"])
+def test_a_process_restarted_in_old_buffers_is_that_of_a_fresh_start(name):
+    """Rows of the old process stay in the basis beyond the new one's, and mean nothing."""
+    matrix = symmetric(_SPECTRA[name]).astype(np.float32)
+    old, _ = _run(symmetric(_SPECTRA["indefinite"]))
+    first = jax.tree.map(lambda x: 3 * x, _random(2))
+    restarted, fresh = _restart(old, first, True), _begin(first)
+    assert np.any(flat_rows(restarted.basis)[1:])
+    for count in range(_ORDER):
+        for field in set(fresh._fields) - {"basis"}:
+            np.testing.assert_array_equal(getattr(restarted, field), getattr(fresh, field), err_msg=field)
+        np.testing.assert_array_equal(flat_rows(restarted.basis)[: count + 1], flat_rows(fresh.basis)[: count + 1])
+        restarted, fresh = (_extend(matrix, state) for state in (restarted, fresh))
+    assert restarted.count == _ORDER
+    _assert_decomposition(matrix.astype(np.float64), restarted)
+
+
+@pytest.mark.parametrize("steps", [0, 5, _ORDER])
+def test_without_its_condition_a_restart_changes_nothing(steps):
+    state = _begin(_random(1))
+    for _ in range(steps):
+        state = _extend(symmetric(_SPECTRA["low rank"]).astype(np.float32), state)
+    for got, expected in zip(jax.tree.leaves(_restart(state, _random(2), False)), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_restart_forgets_a_product_that_was_not_finite():
+    state = _extend(np.full((_N, _N), np.nan, np.float32), _begin(_random(1)))
+    assert not krylov.is_finite(state)
+    state = _restart(state, _random(2), True)
+    assert krylov.is_finite(state)
+    matrix = symmetric(_SPECTRA["outliers"]).astype(np.float32)
+    for _ in range(5):
+        state = _extend(matrix, state)
+    assert krylov.is_finite(state)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30, 1e-30])
+def test_is_finite_until_a_product_is_not_or_its_norm_cannot_be_had(bad):
+    matrix = symmetric(_SPECTRA["outliers"]).astype(np.float32)
+    state = _begin(_random(1))
+    assert krylov.is_finite(state)
+    for _ in range(2):
+        state = _extend(matrix, state)
+        assert krylov.is_finite(state)
+    bad = np.eye(_N, dtype=np.float32) * bad if abs(bad) < 1 else np.full((_N, _N), bad, np.float32)
+    after = _extend(bad, state)
+    assert not krylov.is_finite(after)
+    # Nothing is written to the rows in use.
+    np.testing.assert_array_equal(flat_rows(after.basis)[:3], flat_rows(state.basis)[:3])
+    assert np.isfinite(flat_rows(after.basis)).all()
+
+
+def test_zero_products_are_finite():
+    state = _extend(np.zeros((_N, _N), np.float32), _begin(_random(1)))
+    assert krylov.is_finite(state)
+    assert state.beta == 0
+
+
 def test_a_basis_in_bfloat16_is_stored_in_bfloat16_and_close_to_orthonormal():
     matrix = symmetric(_SPECTRA["outliers"]).astype(np.float32)
 

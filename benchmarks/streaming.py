@@ -1,0 +1,362 @@
+"""Streaming curvature (`mr_dho2`) against the synchronous refresh (`dho2`).
+
+    python -m benchmarks.streaming captured    # how much of the true curvature the published vectors hold
+    python -m benchmarks.streaming steps       # the distribution of step times at an equal budget of products
+    python -m benchmarks.streaming budgets     # the loss after a fixed number of steps and of seconds
+
+Each part prints its figures and writes ``benchmarks/results/streaming_<part>.json``. The data is Fashion-MNIST, in
+`--data DIR`.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.sparse.linalg
+from jax.flatten_util import ravel_pytree
+
+import dho2_optax as dho2
+from benchmarks import machine, problems
+from benchmarks.problems import Problem
+from dho2_optax import curvature, eigensolver
+
+RANK = 8
+ORDER = 16
+RESULTS = Path(__file__).parent / "results"
+
+
+def make_step(problem: Problem, tx: Any, streaming: bool, **probe_options: Any) -> Callable[..., Any]:
+    """A donated training step ``(params, state, batch) -> (params, state, loss)``, not compiled yet."""
+    probing = dho2.value_grad_and_hvp(problem.loss_fn, **probe_options)
+
+    def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+        if streaming:
+            loss, grads, hvp = probing(params, state, batch)
+            extra = {"hvp": hvp}
+        else:
+            loss, grads = jax.value_and_grad(problem.loss_fn)(params, batch)
+            extra = {"batch": batch}
+        updates, state = tx.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state, loss
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+# How much curvature the published eigenvectors capture.
+
+
+def captured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The share of the sum of the true eight largest eigenvalues, at the time of publication."""
+    problem = problems.mlp(arguments.data, hidden=(128, 64), batch_size=512)
+    exact_batch = tuple(x[:10_000] for x in problem.data)
+    rows = []
+    for seed in range(arguments.seeds):
+        rows += list(_captured_run(problem, exact_batch, seed, arguments.cycles))
+        print(*rows[-arguments.cycles :], sep="\n")
+    names = ("streaming", "synchronous_one_cycle_old", "synchronous_fresh")
+    by_seed = {
+        name: [statistics.mean(row[name] for row in rows if row["seed"] == seed) for seed in range(arguments.seeds)]
+        for name in names
+    }
+    return {
+        "problem": "MLP 784-128-64-10 on Fashion-MNIST, Adam 1e-3, batch 512, cross entropy",
+        "exact": "scipy eigsh in float64 on the first 10,000 samples, at the parameters of the publication",
+        "rank": RANK,
+        "order": ORDER,
+        "probe_interval": 4,
+        "mean": {name: statistics.mean(values) for name, values in by_seed.items()},
+        "by_seed": by_seed,
+        "goal": 0.95,
+        "publications": rows,
+    }
+
+
+def _captured_run(problem: Problem, exact_batch: Any, seed: int, num_cycles: int) -> Any:
+    tx = dho2.mr_dho2(optax.adam(1e-3), rank=RANK, order=ORDER, tolerance=0.0, probe_interval=4)
+    step = make_step(problem, tx, streaming=True)
+    params = problem.init(jax.random.key(seed))
+    state = tx.init(params)
+    operator = curvature.hessian(problem.loss_fn)
+    solve = jax.jit(
+        lambda params, batch, start: dho2.lanczos(
+            lambda v: operator(params, v, batch), params, rank=RANK, order=ORDER, tolerance=0.1, start=start
+        )
+    )
+    warm = jax.jit(lambda spectrum, noise: eigensolver.warm_start(spectrum, noise))
+    noises = (
+        jax.tree.map(lambda x, i=i: jax.random.normal(jax.random.key(1000 + i), x.shape) / 300, params)
+        for i in itertools.count()
+    )
+    synchronous = solve(params, next(problems.batches(problem, seed)), next(noises))
+    published = 0
+    # Every fourth cycle is looked at: the reference takes minutes.
+    for count, batch in enumerate(problems.batches(problem, seed)):
+        params, state, _ = step(params, state, batch)
+        metrics = dho2.metrics(state)
+        new_cycle = int(metrics["cycle_probes"]) == 0 and int(metrics["refreshes"]) > 0 and int(metrics["age"]) == 1
+        if not new_cycle:
+            continue
+        published += 1
+        if published % 4 == 0:
+            true = _exact_eigenvalues(problem, params, exact_batch)
+            fresh = solve(params, batch, warm(synchronous, next(noises)))
+            yield {
+                "seed": seed,
+                "updates": count + 1,
+                "true_eigenvalues": true.tolist(),
+                "streaming": _share(problem, params, exact_batch, dho2.spectrum(state), true),
+                "synchronous_one_cycle_old": _share(problem, params, exact_batch, synchronous, true),
+                "synchronous_fresh": _share(problem, params, exact_batch, fresh, true),
+            }
+        # The snapshot of a synchronous refresh, to be looked at when the cycle that begins here ends.
+        synchronous = solve(params, batch, warm(synchronous, next(noises)))
+        if published == 4 * num_cycles:
+            return
+
+
+def _exact_eigenvalues(problem: Problem, params: Any, batch: Any) -> np.ndarray:
+    """The eight eigenvalues of largest magnitude, in float64."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), params)
+        data = tuple(jnp.asarray(x.astype(np.float64) if x.dtype == np.float32 else x) for x in batch)
+        flat, unravel = ravel_pytree(wide)
+        operator = curvature.hessian(problem.loss_fn, microbatch_size=1000)
+        product = jax.jit(lambda v: ravel_pytree(operator(wide, unravel(v), data))[0])
+        matrix = scipy.sparse.linalg.LinearOperator(
+            (flat.size, flat.size), lambda v: np.asarray(product(jnp.asarray(v.ravel()))), dtype=np.float64
+        )
+        start = np.random.default_rng(0).normal(size=flat.size)
+        values = scipy.sparse.linalg.eigsh(matrix, k=RANK, which="LM", tol=1e-4, v0=start, return_eigenvectors=False)
+    return np.sort(np.abs(values))[::-1]
+
+
+def _share(problem: Problem, params: Any, batch: Any, spectrum: dho2.Spectrum, true: np.ndarray) -> float:
+    """The sum of the Rayleigh quotients of the vectors in use, relative to the sum of the true eigenvalues."""
+    operator = curvature.hessian(problem.loss_fn, microbatch_size=1000)
+    data = tuple(jnp.asarray(x) for x in batch)
+
+    @jax.jit
+    def quotient(params: Any, vector: Any) -> jax.Array:
+        product = operator(params, vector, data)
+        return sum(jnp.sum(a * b) for a, b in zip(jax.tree.leaves(vector), jax.tree.leaves(product), strict=True))
+
+    rows = [jax.tree.map(lambda x, i=i: x[i], spectrum.eigenvectors) for i in range(RANK) if spectrum.mask[i]]
+    return float(sum(abs(quotient(params, row)) for row in rows) / true.sum())
+
+
+# Step times.
+
+
+def step_times(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Wall-clock seconds of every step, after warm-up, of all variants in turns."""
+    problem = problems.mlp(arguments.data, hidden=(1024, 256), batch_size=256)
+    base = functools.partial(optax.adam, 1e-3)
+    common = {"rank": RANK, "order": ORDER, "tolerance": 0.0}
+    variants = {
+        "plain Adam": (optax.with_extra_args_support(base()), False, {}),
+        "synchronous, a product every 4 steps": (
+            dho2.dho2(base(), problem.loss_fn, refresh_interval=64, warmup_steps=1, **common),
+            False,
+            {},
+        ),
+        "streaming, probe_interval=4": (dho2.mr_dho2(base(), probe_interval=4, **common), True, {}),
+        "synchronous, a product every step": (
+            dho2.dho2(base(), problem.loss_fn, refresh_interval=17, warmup_steps=1, **common),
+            False,
+            {},
+        ),
+        "streaming, probe_interval=1": (dho2.mr_dho2(base(), probe_interval=1, **common), True, {}),
+        "streaming, probe_interval=1, a quarter of the batch": (
+            dho2.mr_dho2(base(), probe_interval=1, **common),
+            True,
+            {"batch_size": problem.batch_size // 4},
+        ),
+    }
+    runs = {name: _Run(problem, *variant) for name, variant in variants.items()}
+    chunk = 128
+    for run in runs.values():
+        run.advance(chunk)
+        run.reset()
+    for _ in range(arguments.repeats):
+        for run in runs.values():
+            run.advance(chunk)
+    rows = {name: run.summary() for name, run in runs.items()}
+    return {
+        "problem": "MLP 784-1024-256-10 on Fashion-MNIST, batch 256, base Adam",
+        "rank": RANK,
+        "order": ORDER,
+        "steps": chunk * arguments.repeats,
+        "goals": {"probe_interval=4 p99/median": 2.6, "probe_interval=1 p99/median": 1.3, "max/median": 3.0},
+        "variants": rows,
+        "probe": _probe_cost(problem, arguments.repeats),
+    }
+
+
+class _Run:
+    """A training run that is continued in chunks."""
+
+    def __init__(self, problem: Problem, tx: Any, streaming: bool, probe_options: dict[str, Any]) -> None:
+        self._params = problem.init(jax.random.key(0))
+        self._state = jax.tree.map(jnp.copy, tx.init(self._params))
+        self._batches = problems.batches(problem, 0)
+        step = make_step(problem, tx, streaming, **probe_options)
+        self._step = step.lower(self._params, self._state, next(self._batches)).compile()
+        self._hybrid = isinstance(self._state, dho2.DHO2State)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the times."""
+        self.seconds: list[float] = []
+        self.products: list[int] = []
+
+    def advance(self, num_steps: int) -> None:
+        """Trains on, waiting for every step."""
+        for _ in range(num_steps):
+            batch = jax.block_until_ready(next(self._batches))
+            start = time.perf_counter()
+            self._params, self._state, _ = jax.block_until_ready(self._step(self._params, self._state, batch))
+            self.seconds.append(time.perf_counter() - start)
+            self.products.append(int(dho2.metrics(self._state)["matvecs"]) if self._hybrid else 0)
+
+    def summary(self) -> dict[str, float]:
+        """Figures in seconds and their ratios."""
+        seconds = np.asarray(self.seconds)
+        median = float(np.median(seconds))
+        return {
+            "mean": float(seconds.mean()),
+            "median": median,
+            "p90": float(np.quantile(seconds, 0.9)),
+            "p99": float(np.quantile(seconds, 0.99)),
+            "max": float(seconds.max()),
+            "p99/median": float(np.quantile(seconds, 0.99)) / median,
+            "max/median": float(seconds.max()) / median,
+            "products_per_step": (self.products[-1] - self.products[0]) / max(len(self.products) - 1, 1),
+        }
+
+
+def _probe_cost(problem: Problem, repeats: int) -> dict[str, float]:
+    """Loss, gradient and probe in one linearisation, against loss and gradient alone."""
+    tx = dho2.mr_dho2(optax.adam(1e-3), rank=RANK, probe_interval=1)
+    params = problem.init(jax.random.key(0))
+    state = tx.init(params)
+    batch = next(problems.batches(problem, 0))
+    gradient = jax.jit(jax.value_and_grad(problem.loss_fn))
+    probe = jax.jit(dho2.value_grad_and_hvp(problem.loss_fn))
+    functions = {"gradient": lambda: gradient(params, batch), "probe": lambda: probe(params, state, batch)}
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(10 * repeats):
+        for name, function in functions.items():
+            jax.block_until_ready(function())
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            times[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    return {**median, "ratio": median["probe"] / median["gradient"], "goal": 2.5}
+
+
+# Loss after a fixed budget.
+
+
+def budgets(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The training loss after a number of steps, and after the seconds in which the faster of two has made them."""
+    return {
+        "num_steps": arguments.steps,
+        "seeds": arguments.seeds,
+        "schedule": "5% linear warm-up, cosine to zero",
+        "tasks": {
+            name: _budget(make(arguments.data), arguments)
+            for name, make in {"autoencoder": problems.autoencoder, "mlp": problems.mlp}.items()
+        },
+    }
+
+
+def _budget(problem: Problem, arguments: argparse.Namespace) -> dict[str, Any]:
+    def optimizer(name: str, rate: float) -> tuple[Any, bool]:
+        warmup = max(arguments.steps // 20, 1)
+        schedule = optax.warmup_cosine_decay_schedule(rate / warmup, rate, warmup, arguments.steps)
+        base = optax.adam(schedule)
+        if name == "synchronous":
+            return dho2.dho2(base, problem.loss_fn, rank=RANK, order=ORDER, tolerance=0.0, refresh_interval=64), False
+        return dho2.mr_dho2(base, rank=RANK, order=ORDER, tolerance=0.0, probe_interval=4), True
+
+    grid: dict[str, dict[float, float]] = {"synchronous": {}, "streaming": {}}
+    for name, losses in grid.items():
+        for rate in problem.learning_rates:
+            losses[rate] = _train(problem, *optimizer(name, rate), arguments.steps, seed=100)["loss"]
+        print(name, losses, flush=True)
+    best = {name: min(losses, key=lambda rate: losses[rate]) for name, losses in grid.items()}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in grid}
+    for seed in range(arguments.seeds):
+        for name, rate in best.items():
+            runs[name].append(_train(problem, *optimizer(name, rate), arguments.steps, seed))
+            print(name, seed, runs[name][-1]["loss"], runs[name][-1]["seconds"], flush=True)
+    pairs = list(zip(runs["streaming"], runs["synchronous"], strict=True))
+    return {
+        "grid_of_learning_rates": {name: {str(r): v for r, v in losses.items()} for name, losses in grid.items()},
+        "learning_rate": best,
+        "loss": {name: [run["loss"] for run in found] for name, found in runs.items()},
+        "seconds": {name: [run["seconds"] for run in found] for name, found in runs.items()},
+        "streaming_over_synchronous_at_equal_steps": statistics.mean(a["loss"] / b["loss"] for a, b in pairs),
+        "streaming_over_synchronous_at_equal_seconds": statistics.mean(_at_equal_seconds(a, b) for a, b in pairs),
+        "goal": 1.01,
+    }
+
+
+def _train(problem: Problem, tx: Any, streaming: bool, num_steps: int, seed: int) -> dict[str, Any]:
+    """The loss on fixed 10,000 samples every 20 steps, and the seconds of the steps up to then."""
+    params = problem.init(jax.random.key(seed))
+    state = jax.tree.map(jnp.copy, tx.init(params))
+    source = problems.batches(problem, seed)
+    step = make_step(problem, tx, streaming).lower(params, state, next(source)).compile()
+    evaluate = jax.jit(problem.loss_fn)
+    fixed = tuple(jnp.asarray(x[:10_000]) for x in problem.data)
+    seconds, curve = 0.0, []
+    for count in range(1, num_steps + 1):
+        batch = jax.block_until_ready(next(source))
+        start = time.perf_counter()
+        params, state, _ = jax.block_until_ready(step(params, state, batch))
+        seconds += time.perf_counter() - start
+        if count % 20 == 0 or count == num_steps:
+            curve.append((seconds, float(evaluate(params, fixed))))
+    return {"loss": curve[-1][1], "seconds": seconds, "curve": curve}
+
+
+def _at_equal_seconds(streaming: dict[str, Any], synchronous: dict[str, Any]) -> float:
+    """The ratio of the losses when the faster of the two runs ends."""
+    end = min(streaming["seconds"], synchronous["seconds"])
+    losses = [np.interp(end, *zip(*run["curve"], strict=True)) for run in (streaming, synchronous)]
+    return float(losses[0] / losses[1])
+
+
+def main() -> None:
+    """Runs one part and writes its results."""
+    parts = {"captured": captured, "steps": step_times, "budgets": budgets}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--data", default=problems.FASHION_MNIST, help="folder of the four IDX files")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cycles", type=int, default=2, help="publications looked at in a run (captured)")
+    parser.add_argument("--repeats", type=int, default=5, help="chunks of 128 steps (steps)")
+    parser.add_argument("--steps", type=int, default=400, help="length of a run (budgets)")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    results = {**machine.describe(sys.argv), **parts[arguments.part](arguments)}
+    out = arguments.out or RESULTS / f"streaming_{arguments.part}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps({key: value for key, value in results.items() if key != "publications"}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

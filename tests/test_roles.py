@@ -1,0 +1,340 @@
+"""Curvature on devices of its own: results, timing, and what happens when the group misbehaves."""
+
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import dho2_optax as dho2
+from tests.helpers import flat, flat_rows, matrix_operator, symmetric
+from tests.multidevice import problems
+
+_LIKE = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float32)}
+_EIGENVALUES = np.asarray([9.0, -5.0, 4.0, 3.0, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+_MATRIX = symmetric(_EIGENVALUES)
+_RANK = 3
+
+
+def _product(params, vector, batch):
+    del params
+    return matrix_operator(batch[0] * _MATRIX, _LIKE)(vector)
+
+
+class _Quadratic:
+    """Training steps of a `dho2` on one device, with a group on others."""
+
+    def __init__(self, curvature=_product, group_size=1, chain=False, **options):
+        tx = dho2.dho2(optax.sgd(0.01), rank=_RANK, refresh_interval=None)
+        self.tx = optax.chain(optax.clip(10.0), tx) if chain else tx
+        self.params = jax.tree.map(jnp.ones_like, _LIKE)
+        self.state = self.tx.init(self.params)
+        options = {"rank": _RANK, "order": 10, "tolerance": 1e-5, "interval": 4, **options}
+        self.group = dho2.CurvatureGroup(curvature=curvature, devices=jax.devices()[-group_size:], **options)
+        self._step = jax.jit(self._one_step, donate_argnums=(0, 1))
+
+    def _one_step(self, params, state):
+        grads = matrix_operator(_MATRIX, _LIKE)(params)
+        updates, state = self.tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def step(self, factor=1.0):
+        """One update and one call of `advance`; the batch scales the operator of the group."""
+        self.params, self.state = self._step(self.params, self.state)
+        batch = np.full(len(self.group.devices), factor, np.float32)
+        self.state = self.group.advance(self.state, self.params, batch)
+        return self.metrics
+
+    @property
+    def metrics(self):
+        return {**self.group.metrics(), **{name: float(x) for name, x in dho2.metrics(self.state).items()}}
+
+    def step_until(self, name, value, factor=1.0, seconds=60.0):
+        """Steps until a metric has a value."""
+        end = time.monotonic() + seconds
+        while self.metrics[name] < value:
+            assert time.monotonic() < end, (name, self.metrics)
+            self.step(factor)
+            time.sleep(0.002)
+        return self.metrics
+
+
+def _assert_true_pairs(spectrum):
+    values, vectors = np.linalg.eigh(_MATRIX)
+    best = np.argsort(-np.abs(values))[:_RANK]
+    np.testing.assert_allclose(spectrum.eigenvalues, values[best], atol=1e-4 * 9)
+    found = flat_rows(jax.tree.map(lambda x: np.asarray(x), spectrum.eigenvectors))
+    overlaps = np.abs(np.sum(found * vectors[:, best].T, axis=1))
+    np.testing.assert_allclose(overlaps, 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_the_eigenpairs_are_those_of_the_operator(group_size):
+    run = _Quadratic(group_size=group_size)
+    seen = run.step_until("installed", 2)
+    _assert_true_pairs(dho2.spectrum(run.state))
+    assert seen["active_pairs"] == _RANK
+    assert seen["refreshes"] == seen["installed"]
+    assert seen["matvecs"] >= 2 * (_RANK + 1)
+    assert seen["rejected"] == seen["failures"] == seen["stalls"] == seen["wait_seconds"] == 0
+    assert seen["busy_seconds"] > 0
+    run.group.close()
+
+
+def test_a_spectrum_is_used_an_interval_after_its_launch_in_deterministic_mode():
+    run = _Quadratic(interval=5, deterministic=True)
+    refreshes = [run.step()["refreshes"] for _ in range(16)]
+    # Launched after update 1; the calls after updates 6, 11 and 16 install, and launch the next.
+    assert refreshes == [0] * 5 + [1] * 5 + [2] * 5 + [3]
+    seen = run.metrics
+    assert seen["launches"] == 4
+    assert seen["staleness"] == 5
+    assert seen["age"] == 5
+    run.step()
+    assert run.metrics["age"] == 6
+
+
+def test_an_interval_is_the_least_number_of_updates_between_launches():
+    run = _Quadratic(interval=50)
+    seen = run.step_until("installed", 1)
+    updates = seen["staleness"]
+    assert seen["launches"] == 1 + (updates >= 50)
+    while updates < 49:
+        assert run.step()["launches"] == 1
+        updates += 1
+    assert run.step_until("installed", 2)["launches"] <= 3
+    run.group.close()
+
+
+def test_inside_a_chain():
+    run = _Quadratic(chain=True, deterministic=True)
+    for _ in range(6):
+        run.step()
+    assert run.metrics["refreshes"] == 1
+    _assert_true_pairs(dho2.spectrum(run.state))
+
+
+def _train(num_training, num_curvature, *, segments, num_steps=30):
+    """Deterministic training of an MLP on a mesh, with curvature of other devices; the parameters."""
+    problem = problems.mlp()
+    devices = jax.devices()
+    mesh = Mesh(np.array(devices[:num_training]), ("data",))
+    options = {"mesh": mesh, "axis_name": "data"} if segments else {}
+    tx = dho2.dho2(problem.base, refresh_interval=None, rank=4, alpha=0.5, **options)
+    params, batch = jax.device_put((problem.params, problem.batch), NamedSharding(mesh, P()))
+    state = jax.jit(tx.init)(params)
+    group = dho2.CurvatureGroup(
+        problem.loss_fn, devices=devices[-num_curvature:], rank=4, interval=5, deterministic=True, tolerance=1e-5
+    )
+
+    @jax.jit
+    def step(params, state, batch):
+        updates, state = tx.update(jax.grad(problem.loss_fn)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(num_steps):
+        params, state = step(params, state, batch)
+        state = group.advance(state, params, batch)
+        jax.block_until_ready(params)
+    assert group.metrics()["installed"] == (num_steps - 1) // 5
+    assert dho2.metrics(state)["active_pairs"] >= 2
+    return jax.tree.map(np.asarray, params)
+
+
+@pytest.mark.parametrize(("num_training", "num_curvature", "segments"), [(7, 1, True), (4, 4, True), (4, 3, False)])
+def test_the_number_of_devices_changes_nothing(num_training, num_curvature, segments):
+    params = _train(num_training, num_curvature, segments=segments)
+    expected = _train(1, 1, segments=False)
+    for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_deterministic_runs_agree_bit_for_bit():
+    first, second = (_train(7, 1, segments=True) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_a_snapshot_survives_the_donation_of_the_parameters():
+    """The operator is the batch times the square of the parameters at launch, which later steps overwrite."""
+    tx = dho2.dho2(optax.sgd(0.5), rank=1, refresh_interval=None)
+    params = jnp.asarray([2.0, 1.0])
+    state = tx.init(params)
+    operator = lambda params, vector, batch: jnp.mean(batch) * params**2 * vector  # noqa: E731
+    group = dho2.CurvatureGroup(curvature=operator, devices=jax.devices()[:1], rank=1, interval=3, deterministic=True)
+    step = jax.jit(lambda params, state: (0.1 * params, state), donate_argnums=(0, 1))
+    for _ in range(4):
+        params, state = step(params, state)
+        state = group.advance(state, params, np.ones(1, np.float32))
+    np.testing.assert_allclose(dho2.spectrum(state).eigenvalues, [0.04], rtol=1e-5)
+
+
+class _Device:
+    """A part of the group's program that a test can hold up or break."""
+
+    def __init__(self):
+        self.free = threading.Event()
+        self.free.set()
+        self.held_up = threading.Event()
+        self.broken = False
+
+    def __call__(self, x):
+        if not self.free.is_set():
+            self.held_up.set()
+            self.free.wait(60)
+        if self.broken:
+            raise RuntimeError("the device fell off the bus")
+        return x
+
+    def product(self, params, vector, batch):
+        one = jax.pure_callback(self, jax.ShapeDtypeStruct((), jnp.float32), jnp.float32(1))
+        return jax.tree.map(lambda x: one * x, _product(params, vector, batch))
+
+
+def test_advance_does_not_wait():
+    device = _Device()
+    run = _Quadratic(device.product)
+    run.step_until("installed", 1)
+    device.free.clear()
+    while not device.held_up.is_set():
+        run.step()
+    before = run.metrics
+    for _ in range(40):
+        run.step()
+    during = run.metrics
+    assert during["installed"] == before["installed"]
+    assert during["age"] >= before["age"] + 40
+    assert during["wait_seconds"] == 0
+    device.free.set()
+    after = run.step_until("installed", before["installed"] + 1)
+    assert after["staleness"] >= 40
+    run.group.close()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_stalled_group_leaves_training_on_the_last_spectrum(deterministic):
+    device = _Device()
+    run = _Quadratic(device.product, deterministic=deterministic, timeout=1.0)
+    run.step_until("installed", 1)
+    good = np.array(dho2.spectrum(run.state).eigenvalues)
+    device.free.clear()
+    seen = run.step_until("stalls", 1)
+    launches, installed = seen["launches"], seen["installed"]
+    for _ in range(10):
+        run.step()
+    # Nothing more is asked of it while it hangs.
+    assert run.metrics["launches"] == launches
+    assert run.metrics["installed"] == installed
+    np.testing.assert_allclose(dho2.spectrum(run.state).eigenvalues, good, atol=1e-4)
+    assert np.isfinite(flat(run.params)).all()
+    device.free.set()
+    seen = run.step_until("installed", installed + 1)
+    assert seen["stalls"] == 1
+    run.group.close()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_group_that_fails_leaves_training_on_the_last_spectrum(deterministic):
+    device = _Device()
+    run = _Quadratic(device.product, deterministic=deterministic)
+    run.step_until("installed", 1)
+    device.broken = True
+    seen = run.step_until("failures", 2)
+    assert "fell off the bus" in run.group.last_error
+    assert seen["refreshes"] == seen["installed"]
+    assert seen["active_pairs"] == _RANK
+    assert np.isfinite(flat(run.params)).all()
+    device.broken = False
+    run.step_until("installed", seen["installed"] + 1)
+    _assert_true_pairs(dho2.spectrum(run.state))
+    run.group.close()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38])
+def test_numbers_that_are_not_finite_are_rejected(bad):
+    run = _Quadratic(deterministic=True)
+    run.step_until("installed", 1)
+    seen = run.step_until("rejected", 2, factor=bad)
+    assert seen["refreshes"] == seen["installed"]
+    assert np.isfinite(flat(run.params)).all()
+    run.step_until("installed", seen["installed"] + 2)
+    _assert_true_pairs(dho2.spectrum(run.state))
+
+
+def test_options_reach_the_solver():
+    few = _Quadratic(deterministic=True, order=3, max_residual=0.0)
+    for _ in range(6):
+        few.step()
+    assert few.metrics["matvecs"] == 3
+    assert few.metrics["active_pairs"] == 0
+    signed = _Quadratic(deterministic=True, select="algebraic")
+    for _ in range(6):
+        signed.step()
+    np.testing.assert_allclose(dho2.spectrum(signed.state).eigenvalues, [3, 4, 9], atol=1e-3)
+
+
+def test_memory_of_the_group_falls_with_its_size():
+    params = jnp.zeros(100_000)
+    operator = lambda params, vector, batch: jnp.mean(batch) * vector  # noqa: E731
+
+    def temporaries(size):
+        group = dho2.CurvatureGroup(curvature=operator, devices=jax.devices()[:size], rank=8, order=64)
+        return group.memory(params, np.ones(8, np.float32)).temp
+
+    assert temporaries(1) >= 64 * 4e5
+    assert temporaries(8) <= temporaries(1) / 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"devices": []}, "`devices`.*non-empty"),
+        ({"devices": [0]}, "`devices`"),
+        ({"interval": 0}, "`interval`.*positive.*0"),
+        ({"timeout": 0.0}, "`timeout`.*positive"),
+        ({"rank": 0}, "`rank`"),
+        ({"tolerance": -1.0}, "`tolerance`.*non-negative.*-1"),
+        ({"curvature": None}, "`loss_fn` or `curvature`"),
+        ({"curvature": 3}, "`curvature`.*callable.*3"),
+        ({"select": "largest"}, "`select`.*largest"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        dho2.CurvatureGroup(**{"curvature": _product, "devices": jax.devices()[:1], **options})
+
+
+def test_the_same_device_twice():
+    with pytest.raises(ValueError, match=r"`devices` must all be different"):
+        dho2.CurvatureGroup(curvature=_product, devices=[jax.devices()[0]] * 2)
+
+
+def test_another_rank_than_the_optimizer():
+    run = _Quadratic(deterministic=True, rank=2)
+    for _ in range(4):
+        run.step()
+    with pytest.raises(ValueError, match=r"`rank` \+ `num_smallest` must be those of the optimizer, 3, got 2"):
+        run.step()
+
+
+def test_an_error_in_the_users_function_is_raised():
+    def product(params, vector, batch):
+        raise TypeError("no such argument")
+
+    run = _Quadratic(product, deterministic=True)
+    for _ in range(4):
+        run.step()
+    with pytest.raises(TypeError, match="no such argument"):
+        run.step()
+
+
+def test_a_batch_that_the_group_cannot_share():
+    group = dho2.CurvatureGroup(curvature=_product, devices=jax.devices()[:3], rank=_RANK)
+    tx = dho2.dho2(optax.sgd(0.01), rank=_RANK, refresh_interval=None)
+    params = jax.tree.map(jnp.ones_like, _LIKE)
+    with pytest.raises(ValueError, match="divisible by the 3 devices"):
+        group.advance(tx.init(params), params, np.ones(4, np.float32))
