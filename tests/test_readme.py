@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+import dho2_optax as dho2
 from dho2_optax.poc import tasks
 
 README = Path(__file__).parents[1] / "README.md"
@@ -18,13 +19,23 @@ def _blocks() -> list[str]:
 def test_python_blocks_run_in_order(capsys):
     names: dict[str, object] = {}
     blocks = [block for block in _blocks() if not block.startswith("# line.py")]
-    assert len(blocks) == 3
-    for block in blocks:
+    assert len(blocks) == 5
+    for block in blocks[:3]:
         exec(block, names)
     loss, _ = capsys.readouterr().out.splitlines()[0].split()
     assert float(loss) < 0.05
     stack = names["state"].spectrum.eigenvectors["w"]
     assert stack.sharding.shard_shape(stack.shape)[1] == stack.shape[1] // jax.device_count()
+
+    exec(blocks[3], names)
+    arguments = (names["params"], names["state"], names["batch"])
+    for _ in range(20):
+        arguments = (*names["step"](*arguments[:2], names["batch"]), names["batch"])
+    assert dho2.metrics(arguments[1])["matvecs"] == 5
+    exec(blocks[4], names)
+    assert names["group"].metrics()["launches"] >= 1
+    names["group"].close()
+    assert float(names["loss_fn"](names["params"], names["batch"])) < 0.05
 
 
 def test_task_example_is_a_task(tmp_path, monkeypatch):
