@@ -149,6 +149,14 @@ def test_a_missing_command(capsys):
     assert "command" in capsys.readouterr().err
 
 
+def test_the_help_names_every_optimizer_and_the_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["poc", "--help"])
+    said = capsys.readouterr().out
+    assert "sgd, adam, fosi, dho2, mr-dho2, mr-dho2-roles (default sgd,adam,fosi,dho2)" in said
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["poc", "--help"], ["--version"]])
 def test_help_and_version(capsys, arguments):
     with pytest.raises(SystemExit, match="0"):
@@ -234,6 +242,25 @@ def test_a_target_that_is_never_reached_is_said(capsys, task_module, tmp_path):
     assert "not reached" in capsys.readouterr().out
     [row] = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
     assert row["steps_to_target"] is None
+
+
+def test_an_optimizer_that_needs_more_devices_is_a_marked_row(capsys, task_module, tmp_path):
+    code = _train(
+        task_module,
+        "--optimizers",
+        "sgd,mr-dho2-roles",
+        "--steps",
+        "3",
+        "--devices",
+        "1",
+        "--out",
+        str(tmp_path / "o"),
+    )
+    assert code == 0
+    rows = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
+    assert {row["optimizer"]: row["status"] for row in rows} == {"sgd": "ok", "mr-dho2-roles": "needs 2 devices"}
+    assert "needs 2 devices" in (tmp_path / "o" / "report.html").read_text()
+    assert "mr-dho2-roles" in capsys.readouterr().out
 
 
 def test_quiet_prints_nothing(capsys, task_module, tmp_path):

@@ -8,13 +8,13 @@ from dho2_optax.poc import report, results, runner, tasks, training
 from dho2_optax.poc.results import Results, Row
 
 
-def _row(optimizer, losses, *, devices=8, seed=0, status="ok", refresh_steps=(), **fields):
+def _row(optimizer, losses, *, devices=8, seed=0, status="ok", refresh_steps=(), probe_steps=(), **fields):
     row = Row("mlp", optimizer, devices, seed, 0.1, status, **fields)
     row.losses, row.seconds = (
         list(losses),
-        [0.5 if i in refresh_steps else 0.1 for i in range(len(losses))],
+        [0.5 if i in refresh_steps else 0.3 if i in probe_steps else 0.1 for i in range(len(losses))],
     )
-    row.refresh_steps = list(refresh_steps)
+    row.refresh_steps, row.probe_steps = list(refresh_steps), list(probe_steps)
     row.measure()
     return row
 
@@ -73,6 +73,57 @@ def test_a_refresh_costs_what_it_adds_to_a_step():
     assert row.refresh_seconds == pytest.approx(0.4)
     assert row.step_seconds_median == pytest.approx(0.1)
     assert row.step_seconds_p99 > 0.4
+
+
+def test_a_probe_costs_what_it_adds_to_a_step_that_does_nothing_else():
+    row = _row("mr-dho2", _decay(0.1, 21), refresh_steps=[10], probe_steps=[0, 4, 8])
+    assert row.probe_seconds == pytest.approx(0.2)
+    assert row.refresh_seconds == pytest.approx(0.4)
+    without_ordinary_steps = _row("mr-dho2", _decay(0.1), refresh_steps=[10], probe_steps=[*range(10), *range(11, 20)])
+    assert without_ordinary_steps.probe_seconds is without_ordinary_steps.refresh_seconds is None
+
+
+def test_the_distribution_of_the_step_times():
+    row = Row("mlp", "sgd", 1, 0, 0.1, "ok", losses=[1.0] * 101, seconds=[0.1 + 0.001 * i for i in range(101)])
+    row.measure()
+    assert row.step_seconds_median == pytest.approx(0.15)
+    assert row.step_seconds_p90 == pytest.approx(0.19)
+    assert row.step_seconds_p99 == pytest.approx(0.199)
+    assert row.step_seconds_max == pytest.approx(0.2)
+    assert row.step_seconds_tail == pytest.approx(0.199 / 0.15)
+
+
+def test_the_report_shows_the_distribution_of_the_step_times(tmp_path):
+    from rich.console import Console
+
+    rows = _row("sgd", _decay(0.1)), _row("mr-dho2", _decay(0.1), refresh_steps=[10], probe_steps=[0, 5, 9])
+    found = _results(*rows)
+    page = report.write_html(found, tmp_path).read_text()
+    for title in ("ms/step p90", "ms/step p99", "ms/step max", "p99/median", "ms/probe", "ms/refresh"):
+        assert f">{title}</th>" in page
+    assert (tmp_path / "steps-mlp.png").read_bytes().startswith(b"\x89PNG")
+    with open(tmp_path / "tables.txt", "w+") as file:
+        report.print_tables(found, Console(file=file, width=80))
+        file.seek(0)
+        assert "p99/median" in file.read()
+
+
+def test_the_report_says_which_devices_find_curvature(tmp_path):
+    counters = {"launches": 4.0, "installed": 3.0, "staleness": 7.0, "rejected": 0.0, "failures": 1.0, "stalls": 0.0}
+    devices = {"train_devices": 4, "curvature_devices": 3}
+    row = _row(
+        "mr-dho2-roles", _decay(0.1), counters=counters, curvature_device_bytes=5000, total_bytes=4000, **devices
+    )
+    page = report.write_html(_results(row), tmp_path).read_text()
+    assert "of 8 devices 4 train, 3 curvature, 1 idle" in page
+    assert "4 Lanczos processes launched, 3 put in use, 1 without a result; the last was 7 steps old" in page
+    assert ">4 + 3</td>" in page
+    assert ">5 kB</td>" in page
+
+
+def test_a_long_list_of_optimizers_is_cut_in_parts_that_fit():
+    assert [list(part) for part in report._parts([1, 2, 3, 4, 5, 6], 5)] == [[1, 2, 3], [4, 5, 6]]
+    assert [list(part) for part in report._parts([1, 2], 5)] == [[1, 2]]
 
 
 def test_seeds_are_combined_by_their_median_and_failures_are_counted():

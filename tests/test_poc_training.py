@@ -1,10 +1,12 @@
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from dho2_optax.poc import optimizers, training
+from dho2_optax.poc import data, optimizers, tasks, training
 from dho2_optax.poc.tasks import Task
 
 
@@ -136,3 +138,51 @@ def test_a_hybrid_refreshes_and_says_when(task, name):
     assert run.counters["refreshes"] == len(run.refresh_steps)
     assert program.footprint.curvature_state > 0
     assert program.footprint.traffic_per_matvec + program.footprint.traffic_per_refresh > 0
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return tasks.from_dataset("mlp", data.load("digits"))
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_a_streaming_optimizer_probes_in_some_steps_and_refreshes_in_others(digits, devices):
+    spec = training.Spec("mr-dho2", 0.01, devices, 64, 14, rank=2, refresh_interval=8)
+    program, run = _train(digits, spec)
+    assert run.status == "ok"
+    assert np.isfinite(run.losses).all()
+    # A probe every other step, four in a cycle; the spectrum is put in use in the step after the last of them.
+    assert run.counters["matvecs"] == len(run.probe_steps) == 7
+    assert run.probe_steps == list(range(0, 14, 2))
+    assert 7 in run.refresh_steps
+    assert run.counters["refreshes"] == len(run.refresh_steps)
+    footprint = program.footprint
+    # Every step averages the gradient and gathers the update, a probe averages a product besides.
+    gradient = footprint.parameters * (devices - 1) / devices
+    assert footprint.traffic_per_step >= 2 * gradient
+    assert footprint.traffic_per_refresh >= 2 * gradient
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_devices_that_do_not_train_find_curvature(digits, devices):
+    spec = training.Spec("mr-dho2-roles", 0.01, devices, 64, 12, rank=2, refresh_interval=3)
+
+    def wait(step, loss):  # for the first Lanczos process, launched before step 0
+        time.sleep(0.05 if step else 1.0)
+
+    program, run = _train(digits, spec, on_step=wait)
+    assert program.context.mesh.size == len(program.context.curvature_devices) == devices // 2
+    assert not {*program.context.mesh.devices.flat} & {*program.context.curvature_devices}
+    assert run.status == "ok"
+    assert np.isfinite(run.losses).all()
+    assert 1 <= run.counters["launches"] <= 4  # the rehearsal is not counted
+    assert run.counters["installed"] == len(run.refresh_steps) >= 1
+    assert run.counters["failures"] == run.counters["stalls"] == run.counters["rejected"] == 0
+    assert program.footprint.curvature_device > program.footprint.parameters
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch_size", "expected"), [(2, 7, (1, 1)), (3, 255, (1, 1)), (4, 12, (3, 1)), (8, 64, (4, 4))]
+)
+def test_two_groups_of_devices_share_a_batch_evenly(devices, batch_size, expected):
+    assert training.roles(devices, batch_size) == expected

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -26,7 +25,7 @@ _COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#
 _MARKERS = "osD^vP*"
 _PARTS = {  # of the time
     "ordinary steps": "#0072B2",
-    "refreshes": "#D55E00",
+    "refreshes, probes": "#D55E00",
     "compilation": "#999999",
     "evaluation": "#E69F00",
 }
@@ -52,16 +51,17 @@ def draw(results: Results, folder: Path) -> dict[str, list[Path]]:
     """Draw every picture for which there are measurements.
 
     Returns:
-      The PNG files under "loss" and "memory" (one for each task) and "time" (one).
+      The PNG files under "loss", "steps" and "memory" (one for each task) and "time" (one).
     """
     import matplotlib
 
-    files: dict[str, list[Path]] = {"loss": [], "memory": [], "time": []}
+    files: dict[str, list[Path]] = {"loss": [], "steps": [], "memory": [], "time": []}
     with matplotlib.rc_context(_STYLE):
         for task in (task["name"] for task in results.tasks):
             rows = [row for row in results.rows if row.task == task]
             if any(row.trained for row in rows):
                 files["loss"].append(_save(_losses(results, task, rows), folder, f"loss-{task}"))
+                files["steps"].append(_save(_step_times(results, task, rows), folder, f"steps-{task}"))
             if len({row.devices for row in rows if row.total_bytes}) > 1:
                 files["memory"].append(_save(_memory(results, task, rows), folder, f"memory-{task}"))
         if any(row.trained for row in results.rows):
@@ -127,6 +127,38 @@ def _losses(results: Results, task: str, rows: list[Row]) -> Figure:
     return figure
 
 
+def _step_times(results: Results, task: str, rows: list[Row]) -> Figure:
+    """The share of the steps that take longer than a time, on the most devices that were trained."""
+    devices = max(row.devices for row in rows if row.trained)
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    axes = figure.subplots()
+    longest = 1
+    for optimizer in results.settings["optimizers"]:
+        runs = [row for row in rows if row.trained and (row.optimizer, row.devices) == (optimizer, devices)]
+        times = np.sort([1e3 * second for row in runs for second in row.seconds])
+        if len(times):
+            # The step to zero is left out: a logarithm has none.
+            axes.step(times, 1 - np.arange(len(times)) / len(times), linewidth=1.8, **_look(results, optimizer))
+            longest = max(longest, len(times))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(0.8 / longest, 1.2)
+    names = {1: "100%", 0.5: "50% (median)", 0.1: "10% (p90)", 0.01: "1% (p99)", 0.001: "0.1%"}
+    shares = [share for share in names if share >= 1 / longest]
+    axes.set_yticks(shares, [names[share] for share in shares])
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="y", which="minor", length=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(FuncFormatter(_minor(axes.get_xlim, lambda value: f"{value:g}")))
+    axes.set(
+        xlabel="milliseconds",
+        ylabel="share of the steps",
+        title=f"{task}: share of the steps that take longer, {count_devices(devices)}",
+    )
+    axes.legend()
+    return figure
+
+
 def _memory(results: Results, task: str, rows: list[Row]) -> Figure:
     """Bytes on each device against the number of devices."""
     summaries = [s for s in summarize(rows) if s["total_bytes"]]
@@ -156,20 +188,20 @@ def _memory(results: Results, task: str, rows: list[Row]) -> Figure:
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda size, _: megabytes(size)))
-        axes.yaxis.set_minor_formatter(FuncFormatter(_minor_size(axes)))
+        axes.yaxis.set_minor_formatter(FuncFormatter(_minor(axes.get_ylim, megabytes)))
         axes.set(xlabel="devices P", title=title)
     panels[0].set_ylabel("bytes on each device")
-    panels[0].legend()
+    handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside right upper")
     return figure
 
 
-def _minor_size(axes: Axes) -> Callable[[float, float], str]:
-    """Label 2 and 5 between the decades, where an axis spans less than two of them."""
+def _minor(limits: Callable[[], tuple[float, float]], show: Callable[[float], str]) -> Callable[[float, float], str]:
+    """Label 2 and 5 between the decades, where an axis spans few of them."""
 
-    def label(size: float, _: float) -> str:
-        low, high = axes.get_ylim()
-        leading = f"{size:.0e}"[0]
-        return megabytes(size) if high / low < 300 and leading in "25" else ""
+    def label(value: float, _: float) -> str:
+        low, high = limits()
+        return show(value) if high / low < 300 and f"{value:.0e}"[0] in "25" else ""
 
     return label
 
@@ -186,7 +218,7 @@ def _time(results: Results) -> Figure:
                 parts = [_time_parts(row) for row in runs]
                 mean = {name: statistics.fmean(p[name] for p in parts) for name in _PARTS}
                 bars.append((f"{task}  {optimizer}", mean))
-    figure = Figure(figsize=(10, 1.7 + 0.34 * len(bars)), layout="constrained")
+    figure = Figure(figsize=(10, 1.8 + 0.34 * len(bars)), layout="constrained")
     axes = figure.subplots()
     position = np.arange(len(bars))[::-1]
     left = np.zeros(len(bars))
@@ -199,15 +231,16 @@ def _time(results: Results) -> Figure:
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.set(xlabel="seconds", title="Where the time of each run goes")
-    axes.legend(ncols=len(_PARTS), loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    figure.legend(ncols=len(_PARTS), loc="outside lower center")
     return figure
 
 
 def _time_parts(row: Row) -> dict[str, float]:
     refreshes = (row.refresh_seconds or 0.0) * len(row.refresh_steps)
+    refreshes += (row.probe_seconds or 0.0) * len(row.probe_steps)
     return {
         "ordinary steps": sum(row.seconds) - refreshes,
-        "refreshes": refreshes,
+        "refreshes, probes": refreshes,
         "compilation": row.compile_seconds or 0.0,
         "evaluation": row.eval_seconds or 0.0,
     }

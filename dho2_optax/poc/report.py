@@ -1,6 +1,7 @@
 """The report: tables in the terminal, one self-contained HTML page, pictures."""
 
 import base64
+import math
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -31,6 +32,7 @@ _VIRTUAL_DEVICES = (
     "communication and the losses are what they would be on as many real devices; seconds are "
     "not. More virtual devices do not make training faster."
 )
+_MOST_COLUMNS = 5  # of a table in a terminal of 80 characters
 
 
 class _Column(NamedTuple):
@@ -53,7 +55,7 @@ _FORMATS: dict[str, Callable[[float], str]] = {
 _TRAINING = (
     _Column("task", "model or user's task", "task", "text"),
     _Column("optimizer", "", "optimizer", "text"),
-    _Column("devices", "devices that the batch is split over", "devices", "text"),
+    _Column("devices", "those that train + those that find curvature", "devices", "text"),
     _Column("learning rate", "peak of the schedule", "learning_rate", "number"),
     _Column("steps to target", "until the smoothed training loss", "steps_to_target", "count"),
     _Column("s to target", "sum of the step times until then", "seconds_to_target", "seconds"),
@@ -61,9 +63,19 @@ _TRAINING = (
     _Column("test loss", "at the last parameters", "test_loss", "number"),
     _Column("test accuracy", "at the last parameters", "test_accuracy", "share"),
     _Column("ms/step", "median over all steps", "step_seconds_median", "milliseconds"),
-    _Column("ms/step p99", "99th percentile over all steps", "step_seconds_p99", "milliseconds"),
-    _Column("s/refresh", "beyond an ordinary step", "refresh_seconds", "seconds"),
     _Column("status", "", "status", "text"),
+)
+_STEP_TIMES = (
+    _Column("task", "", "task", "text"),
+    _Column("optimizer", "", "optimizer", "text"),
+    _Column("devices", "", "devices", "text"),
+    _Column("ms/step", "median over all steps", "step_seconds_median", "milliseconds"),
+    _Column("ms/step p90", "90th percentile", "step_seconds_p90", "milliseconds"),
+    _Column("ms/step p99", "99th percentile", "step_seconds_p99", "milliseconds"),
+    _Column("ms/step max", "the slowest step", "step_seconds_max", "milliseconds"),
+    _Column("p99/median", "how much slower the slow steps are", "step_seconds_tail", "number"),
+    _Column("ms/probe", "of a step that makes one product, beyond an ordinary step", "probe_seconds", "milliseconds"),
+    _Column("ms/refresh", "of a step with a new spectrum, beyond an ordinary step", "refresh_seconds", "milliseconds"),
 )
 _COSTS = (
     _Column("task", "", "task", "text"),
@@ -74,8 +86,9 @@ _COSTS = (
     _Column("curvature state", "eigenvectors and the like", "curvature_state_bytes", "bytes"),
     _Column("temporaries", "scratch memory of the step", "temporary_bytes", "bytes"),
     _Column("total", "arguments, outputs and temporaries", "total_bytes", "bytes"),
-    _Column("sent/step", "bytes a device sends each step", "traffic_per_step", "bytes"),
-    _Column("sent/refresh", "bytes a device sends in a refresh", "traffic_per_refresh", "bytes"),
+    _Column("curvature device", "all of one that does not train", "curvature_device_bytes", "bytes"),
+    _Column("sent per step", "bytes a device sends each step", "traffic_per_step", "bytes"),
+    _Column("sent per refresh", "besides, in a refresh or all its probes", "traffic_per_refresh", "bytes"),
     _Column("compile s", "", "compile_seconds", "seconds"),
     _Column("run", "trained, or only compiled", "run", "text"),
 )
@@ -90,7 +103,8 @@ def print_tables(results: Results, console: Console) -> None:
     for task in (task["name"] for task in results.tasks):
         for devices in sorted({s.devices for s in trained if s.task == task}):
             group = [s for s in trained if (s.task, s.devices) == (task, devices)]
-            console.print(_trained_table(f"{task}, {count_devices(devices)}", group))
+            for part in _parts(group, _MOST_COLUMNS):
+                console.print(_trained_table(f"{task}, {count_devices(devices)}", part))
         group = [s for s in costs if s.task == task]
         if len({s.devices for s in group}) > 1:
             console.print(_memory_table(task, group))
@@ -101,20 +115,33 @@ def print_tables(results: Results, console: Console) -> None:
             console.print(line)
 
 
+def _parts(group: Sequence[Summary], most: int) -> list[Sequence[Summary]]:
+    """Cut a list in the fewest parts of at most so many, all about as long."""
+    size = math.ceil(len(group) / math.ceil(len(group) / most))
+    return [group[start : start + size] for start in range(0, len(group), size)]
+
+
 def _trained_table(title: str, group: Sequence[Summary]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("")
     for summary in group:
-        table.add_column(summary.optimizer, justify="right")
-    for column in (*_TRAINING, *_COSTS):
-        if column.show in ("task", "optimizer", "devices", "run"):
-            continue
-        if column is _COSTS[3]:
-            table.add_section()
-        cells = [_cell(summary, column) for summary in group]
-        style = "red" if column.show == "status" and set(cells) != {"ok"} else None
-        table.add_row(column.title, *cells, style=style)
+        table.add_column(summary.optimizer, justify="right", overflow="fold")
+    roles = any(summary.curvature_devices for summary in group)
+    seen = {"task", "optimizer", "run"} | ({"devices"} if not roles else set())
+    for columns in (_TRAINING, _STEP_TIMES, _COSTS):
+        table.add_section()
+        for column in _filled(columns, group):
+            if column.show not in seen:
+                seen.add(column.show)
+                cells = [_cell(summary, column) for summary in group]
+                style = "red" if column.show == "status" and set(cells) != {"ok"} else None
+                table.add_row(column.title, *cells, style=style)
     return table
+
+
+def _filled(columns: Sequence[_Column], group: Sequence[Summary]) -> list[_Column]:
+    """Return the columns that have something to show."""
+    return [column for column in columns if any(_cell(summary, column) != "-" for summary in group)]
 
 
 def _memory_table(task: str, group: Sequence[Summary]) -> Table:
@@ -143,6 +170,7 @@ def write_html(results: Results, folder: Path) -> Path:
         for kind, files in plots.draw(results, folder).items()
     }
     trained, costs = _sections(results)
+    timed = [summary for summary in trained if summary.trained]
     template = (resources.files("dho2_optax.poc") / "assets" / "report.html.j2").read_text("utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -151,8 +179,9 @@ def write_html(results: Results, folder: Path) -> Path:
         results=results,
         optimizers={name: OPTIMIZERS[name] for name in results.settings["optimizers"]},
         tables=[
-            ("Training", _TRAINING, trained),
-            ("Memory, communication and compilation", _COSTS, costs),
+            ("training", "Training", _filled(_TRAINING, trained), trained),
+            ("steps", "Step times", _filled(_STEP_TIMES, timed), timed),
+            ("costs", "Memory, communication and compilation", _filled(_COSTS, costs), costs),
         ],
         cell=_cell,
         said=_said(results),
@@ -180,6 +209,8 @@ def _cell(summary: Summary, column: _Column) -> str:
     """Write one cell: a dash for what does not exist, words for what did not happen."""
     if column.show == "run":
         return "trained" if summary.trained else summary.status.replace("compiled", "compiled only")
+    if column.show == "devices" and summary.curvature_devices:
+        return f"{summary.train_devices} + {summary.curvature_devices}"
     if column.show in ("task", "optimizer", "devices", "status"):
         return str(getattr(summary, column.show))
     if column.show == "learning_rate":
@@ -215,11 +246,48 @@ def _said(results: Results) -> list[tuple[str, Sequence[str]]]:
         f"{target.task}: the target is a training loss of {target.loss:.4g}, {target.origin}."
         for target in results.targets
     ]
-    reading += [_rates(results)]
+    reading += [*_roles(results), _rates(results)]
     if results.machine["virtual_devices"]:
         reading.append(_VIRTUAL_DEVICES)
     sections.append(("How to read this", reading))
     return sections
+
+
+def _roles(results: Results) -> list[str]:
+    """Say which devices find curvature and do not train, and what came of it."""
+    summaries = [s for s in summarize(results.rows) if s.curvature_devices]
+    said = []
+    for name in dict.fromkeys(s.optimizer for s in summaries):
+        splits = sorted(
+            {(s.devices, s.train_devices or 0, s.curvature_devices or 0) for s in summaries if s.optimizer == name}
+        )
+        words = "; ".join(
+            f"of {count_devices(devices)} {train} train, {curvature} curvature"
+            + (f", {idle} idle" if (idle := devices - train - curvature) else "")
+            for devices, train, curvature in splits
+        )
+        said.append(
+            f"{name}: {words}. Memory and bytes sent are those of a device that trains; a curvature device holds a "
+            "copy of the parameters, its share of the batch, and its part of the Lanczos basis."
+        )
+    if results.machine["virtual_devices"] and any(
+        min(s.train_devices or 0, s.curvature_devices or 0) > 1 for s in summaries
+    ):
+        said.append(
+            "On a CPU, a training step on several virtual devices waits for a Lanczos process on several others. "
+            "Groups on real devices, or of one device, run at the same time."
+        )
+    for row in results.rows:
+        if row.curvature_devices and row.trained:
+            counted = row.counters
+            dropped = sum(counted[name] for name in ("rejected", "failures", "stalls"))
+            age = f"; the last was {counted['staleness']:.0f} steps old when put in use" if counted["installed"] else ""
+            said.append(
+                f"{row.task}, {row.optimizer} on {count_devices(row.devices)}, seed {row.seed}: "
+                f"{counted['launches']:.0f} Lanczos processes launched, {counted['installed']:.0f} put in use, "
+                f"{dropped:.0f} without a result{age}."
+            )
+    return said
 
 
 def _rates(results: Results) -> str:

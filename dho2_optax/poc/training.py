@@ -24,6 +24,8 @@ _MAX_EVALUATION_BATCH = 2000
 # Of LLVM: it takes half the time to compile.
 _UNOPTIMIZED: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 _COUNTERS = ("refreshes", "rejected_refreshes", "matvecs", "eigenvalue_max")
+_ENDS = ("installed", "rejected", "failures", "stalls")  # of what a curvature group launches
+_FIRST_PAUSE = 0.05  # seconds between two looks at it; every further one is twice as long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +236,8 @@ def train(
     make_group = OPTIMIZERS[spec.optimizer].group
     group = None if make_group is None else make_group(program.context)
     if group is not None:
-        group.memory(params, first)  # compiles
+        _rehearse(group, spec.refresh_interval, state, params, first)
+    known = {} if group is None else group.metrics()
     run = Run("ok", [], [], [], [], {}, None, None, 0.0)
     batch = first
     try:
@@ -258,12 +261,29 @@ def train(
             batch = next(batches)
     finally:
         if group is not None:
-            run.counters |= group.metrics()
+            found = group.metrics()
+            run.counters |= {name: found[name] - (0.0 if name == "staleness" else known[name]) for name in found}
             group.close()
     run.test_loss, run.test_accuracy, run.eval_seconds = evaluate(params)
     if not math.isfinite(run.test_loss):
         run.status = "diverged"
     return run
+
+
+def _rehearse(group: Any, interval: int, state: Any, params: Any, batch: Any) -> None:
+    """Take a group once through all that it compiles, a launch and an installation, so that no step waits for it.
+
+    A group launches every `interval` calls. After as many, the next call launches, as the first of all does.
+    """
+    group.memory(params, batch)  # compiles
+    pause = _FIRST_PAUSE
+    for _ in range(interval):
+        state = group.advance(state, params, batch)
+        found = group.metrics()
+        if not any(found[end] for end in _ENDS):
+            time.sleep(pause)
+            pause *= 2
+    group.close()
 
 
 def _grew(name: str, before: dict[str, float], after: dict[str, float]) -> bool:
@@ -340,5 +360,7 @@ def _conditionals(text: str) -> Iterator[list[str]]:
     for line in text.splitlines():
         if " conditional(" in line:
             several = re.search(r"branch_computations=\{([^}]*)\}", line)
-            names = several.group(1).split(",") if several else re.findall(r"(?:true|false)_computation=([^\s,]+)", line)
+            names = (
+                several.group(1).split(",") if several else re.findall(r"(?:true|false)_computation=([^\s,]+)", line)
+            )
             yield [name.strip().lstrip("%") for name in names]
