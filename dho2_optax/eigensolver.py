@@ -77,17 +77,23 @@ def usable(
     num_smallest: int,
     select: Select,
     max_residual: jax.typing.ArrayLike,
+    *,
+    drop_null: bool = False,
     partial: jax.typing.ArrayLike = False,
 ) -> tuple[jax.Array, jax.Array]:
     r"""Indices of the wanted pairs, and whether each exists and has converged.
 
     That is, has a residual of at most ``max_residual * |lambda|_max``. Of a `partial` process, one that will go on, it
-    is asked to be small against the pair's own eigenvalue: what else is steep is not known yet.
+    is asked to be small against the pair's own eigenvalue: what else is steep is not known yet. With `drop_null` an
+    eigenvalue that is zero to rounding, along which a Newton step has no meaning, is not usable.
     """
     index, exists = selected(pairs, rank, num_smallest, select)
     magnitude = jnp.where(exists, jnp.abs(pairs.values[index]), 0)
-    unit = jnp.where(partial, magnitude, jnp.max(magnitude))
-    return index, exists & (pairs.residuals[index] <= max_residual * unit)
+    largest = jnp.max(magnitude)
+    mask = exists & (pairs.residuals[index] <= max_residual * jnp.where(partial, magnitude, largest))
+    if drop_null:
+        mask = mask & (magnitude > 4 * jnp.finfo(magnitude.dtype).eps * largest)
+    return index, mask
 
 
 def converged(
@@ -113,17 +119,13 @@ def publish(
 ) -> Spectrum:
     r"""The wanted Ritz pairs of a Lanczos process; one pass over its basis.
 
-    Pairs that are not :func:`usable` are masked out; with `drop_null` also those whose eigenvalue is zero to rounding,
-    along which a Newton step has no meaning.
+    Pairs that are not :func:`usable` are masked out.
     """
     pairs = krylov.ritz(state)
     index, exists = selected(pairs, rank, num_smallest, select)
     eigenvalues = jnp.where(exists, pairs.values[index], 0)
     residuals = jnp.where(exists, pairs.residuals[index], 0)
-    mask = usable(pairs, rank, num_smallest, select, max_residual, partial)[1]
-    if drop_null:
-        magnitude = jnp.abs(eigenvalues)
-        mask = mask & (magnitude > 4 * jnp.finfo(eigenvalues.dtype).eps * jnp.max(magnitude))
+    mask = usable(pairs, rank, num_smallest, select, max_residual, drop_null=drop_null, partial=partial)[1]
     coefficients = pairs.coefficients[:, index].T
     # Of the two signs the one that points along the start vector: a warm start adds the vectors up, and must not
     # depend on how rounding turned them.

@@ -21,7 +21,7 @@ class Source(NamedTuple):
 
     params: Any  # whole on every device
     matvec_at: Callable[[Any], Callable[[Vector], Vector]] | None  # from parameters to products in segment form
-    product: Vector | None  # the caller's own product with the vector to be probed, in segment form
+    product: Callable[[], Vector] | None  # the caller's own with the vector to be probed, in segment form
     allowed: ArrayLike  # shape=(), dtype=bool
 
 
@@ -71,6 +71,14 @@ class Solver(NamedTuple):
     def is_done(self, pairs: krylov.RitzPairs) -> jax.Array:
         """Whether the pairs suffice, so that a process need not go on."""
         return eigensolver.converged(self.rank, self.num_smallest, self.select, self.tolerance)(pairs)
+
+    def num_sure(self, process: LanczosState) -> jax.Array:
+        """How many of the pairs found by a process that will go on may be used already."""
+        pairs = krylov.ritz(process)
+        mask = eigensolver.usable(
+            pairs, self.rank, self.num_smallest, self.select, self.max_residual, drop_null=True, partial=True
+        )[1]
+        return jnp.sum(mask)
 
     def publish(self, process: LanczosState, partial: ArrayLike = False) -> Spectrum:
         """The eigenpairs that a process has found; of a `partial` one, that will go on, those that are sure."""

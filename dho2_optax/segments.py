@@ -128,11 +128,12 @@ def whole(tree: Vector, like: Vector, axis_name: str | None) -> Vector:
         return gather(tree, like, axis_name)
 
     def unflatten(x: jax.Array, shaped: jax.Array) -> jax.Array:
-        if x.shape == shaped.shape:
-            return x
-        if vectors.is_explicitly_sharded(x):
-            x = jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()))
-        return x[: shaped.size].reshape(shaped.shape)
+        if x.shape != shaped.shape:
+            if vectors.is_explicitly_sharded(x):
+                x = jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()))
+            x = x[: shaped.size].reshape(shaped.shape)
+        explicit = vectors.is_explicitly_sharded(x) or vectors.is_explicitly_sharded(shaped)
+        return jax.sharding.reshard(x, jax.typeof(shaped).sharding) if explicit else x
 
     return jax.tree.map(unflatten, tree, like)
 

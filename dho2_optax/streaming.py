@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_optax import curvature, eigensolver, krylov, segments, vectors
+from dho2_optax import curvature, krylov, segments, vectors
 from dho2_optax.curvature import LossFn
 from dho2_optax.krylov import LanczosState
 from dho2_optax.masking import fill, hide
@@ -38,12 +38,21 @@ class Probing(NamedTuple):
     pending: jax.Array  # shape=(), dtype=bool: the next update publishes the pairs found
     complete: jax.Array  # shape=(), dtype=bool: and starts the next cycle
     skipped: jax.Array  # shape=(), dtype=int32: probes that were due when `update` was given no product
-    anchor: Any  # parameters at the start of the cycle; None where probes are taken at the current ones
+    last: jax.Array  # shape=(k,): eigenvalues in use at the end of the last cycle, zero where masked out
+    anchor: Any  # parameters at the first probe of the cycle; None where probes are taken at the current ones
 
 
 def is_due(state: DHO2State) -> jax.Array:
     """Whether the next update takes a probe."""
     return (state.count >= state.probing.due_at) & ~state.probing.pending
+
+
+def probe_params(probing: Probing, params: Any) -> Any:
+    """The parameters at which the next probe is taken."""
+    if probing.anchor is None:
+        return params
+    is_first = probing.process.count == 0
+    return jax.tree.map(lambda now, anchor: jnp.where(is_first, now, anchor), params, probing.anchor)
 
 
 def streaming(
@@ -57,36 +66,33 @@ def streaming(
     axis_name = solver.axis_name
 
     def init(params: Any, like: Vector) -> Probing:
-        del like
         first = krylov.random_vector(jnp.uint32(0), params, axis_name)
         return Probing(
             process=krylov.start(
                 first, solver.order, seed=jnp.uint32(0), axis_name=axis_name, dtype=solver.basis_dtype
             ),
-            due_at=jnp.asarray(warmup_steps, jnp.int32),
-            interval=jnp.asarray(probe_interval, jnp.int32),
+            # Copies: a state that shares a buffer with a hyperparameter could not be donated.
+            due_at=jnp.array(warmup_steps, jnp.int32),
+            interval=jnp.array(probe_interval, jnp.int32),
             pending=jnp.zeros((), bool),
             complete=jnp.zeros((), bool),
             skipped=jnp.zeros((), jnp.int32),
+            last=jnp.zeros(solver.num_pairs, vectors.accumulation_dtype(like)),
             anchor=jax.tree.map(jnp.copy, params) if probe_at_anchor else None,
         )
 
     def assess(process: LanczosState, in_use: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Whether the pairs found so far are worth publishing, and whether the cycle is over."""
-        pairs = krylov.ritz(process)
-        sure = eigensolver.usable(
-            pairs, solver.rank, solver.num_smallest, solver.select, solver.max_residual, partial=True
-        )[1]
         enough = process.count - process.restart > solver.num_pairs
-        return jnp.sum(sure) > in_use, enough & solver.is_done(pairs)
+        return solver.num_sure(process) > in_use, enough & solver.is_done(krylov.ritz(process))
 
     def probe(state: DHO2State, source: Source) -> DHO2State:
         probing: Probing = state.probing
         old = probing.process
         if source.product is not None:
-            product = source.product
+            product = source.product()
         elif source.matvec_at is not None:
-            product = source.matvec_at(probing.anchor if probe_at_anchor else source.params)(old.vector)
+            product = source.matvec_at(probe_params(probing, source.params))(old.vector)
         else:
             return state._replace(
                 probing=probing._replace(skipped=probing.skipped + 1, due_at=state.count + probing.interval)
@@ -107,7 +113,11 @@ def streaming(
         complete = last | done
         return state._replace(
             probing=probing._replace(
-                process=process, due_at=state.count + probing.interval, pending=more | complete, complete=complete
+                process=process,
+                due_at=state.count + probing.interval,
+                pending=more | complete,
+                complete=complete,
+                anchor=probe_params(probing, source.params) if probe_at_anchor else None,
             ),
             matvecs=state.matvecs + 1,
             rejected=state.rejected + 1 - finite.astype(jnp.int32),
@@ -116,7 +126,6 @@ def streaming(
     def publish(state: DHO2State, source: Source) -> DHO2State:
         probing: Probing = state.probing
         process, complete = probing.process, probing.complete
-        before = state.spectrum
         state = install(
             state,
             solver.publish(process, partial=~complete),
@@ -127,23 +136,21 @@ def streaming(
         )
         first, seed = solver.first_vector(state.spectrum, state.count, source.params)
         process = krylov.restart(process, first, seed=seed, axis_name=axis_name, condition=complete)
+        found = jnp.where(state.spectrum.mask, state.spectrum.eigenvalues, 0)
         interval = jnp.asarray(probe_interval, jnp.int32)
         if max_probe_interval is not None:
-            movement = _movement(before, state.spectrum)
+            movement = _movement(probing.last, found)
             adapted = jnp.where(movement <= _AGREE, 2 * probing.interval, probing.interval)
             adapted = jnp.where(movement >= _DISAGREE, probing.interval // 2, adapted)
             adapted = jnp.clip(adapted, interval, jnp.asarray(max_probe_interval, jnp.int32))
-            interval = jnp.where(complete & jnp.any(before.mask), adapted, probing.interval)
-        anchor = None
-        if probe_at_anchor:
-            anchor = jax.tree.map(lambda new, old: jnp.where(complete, new, old), source.params, probing.anchor)
+            interval = jnp.where(complete, adapted, probing.interval)
         return state._replace(
             probing=probing._replace(
                 process=process,
                 interval=interval,
                 pending=jnp.zeros_like(probing.pending),
                 complete=jnp.zeros_like(complete),
-                anchor=anchor,
+                last=jnp.where(complete, found, probing.last),
             )
         )
 
@@ -157,12 +164,12 @@ def streaming(
     return Refresh(init=init, advance=advance)
 
 
-def _movement(before: eigensolver.Spectrum, after: eigensolver.Spectrum) -> jax.Array:
-    """The largest change of an eigenvalue, relative to the largest of them."""
-    both = before.mask & after.mask
-    change = jnp.where(both, jnp.abs(after.eigenvalues - before.eigenvalues), 0)
-    largest = jnp.max(jnp.where(after.mask, jnp.abs(after.eigenvalues), 0))
-    return jnp.max(change) / jnp.where(largest > 0, largest, 1)
+def _movement(before: jax.Array, after: jax.Array) -> jax.Array:
+    """The largest change of an eigenvalue, relative to the largest of them; masked ones count as zero."""
+    # In ascending order: two of equal magnitude change places in a spectrum without moving.
+    change = jnp.max(jnp.abs(jnp.sort(after) - jnp.sort(before)))
+    largest = jnp.maximum(jnp.max(jnp.abs(before)), jnp.max(jnp.abs(after)))
+    return change / jnp.where(largest > 0, largest, 1)
 
 
 def value_grad_and_hvp(
@@ -232,12 +239,11 @@ def value_grad_and_hvp(
             vector = segments.whole(segment, hide(params, segment), axis_name)
             vector = fill(vector, jax.tree.map(jnp.zeros_like, params))
             vector = vectors.vary(vectors.cast_like(vector, params), axis_name)
-            anchor = found.probing.anchor
-            if anchor is None and batch_size is None:
+            if found.probing.anchor is None and batch_size is None:
                 (value, grads), (_, hvp) = jax.jvp(lambda p: value_and_grad(p, batch), (params,), (vector,))
                 return value, grads, hvp
-            at = params if anchor is None else vectors.vary(fill(anchor, params), axis_name)
-            return *value_and_grad(params, batch), product(at, vector, batch)
+            at = fill(probe_params(found.probing, hide(params, segment)), params)
+            return *value_and_grad(params, batch), product(vectors.vary(at, axis_name), vector, batch)
 
         return jax.lax.cond(is_due(found) & allow_probe, probe, plain)
 

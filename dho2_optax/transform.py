@@ -13,7 +13,7 @@ from dho2_optax import eigensolver, krylov, parallel, segments, vectors
 from dho2_optax import refresh as refresh_lib
 from dho2_optax.curvature import LossFn, Operator
 from dho2_optax.eigensolver import STATIC_HINT, Select, Spectrum
-from dho2_optax.masking import any_hidden, fill, hide
+from dho2_optax.masking import any_hidden, fill, hide, is_hidden
 from dho2_optax.refresh import Refresh, Solver, Source
 from dho2_optax.state import DHO2State
 from dho2_optax.streaming import streaming
@@ -218,7 +218,7 @@ def mr_dho2(
       max_probe_interval: lets the interval adapt to how fast the spectrum moves: from cycle to cycle it doubles, up
         to this, where the eigenvalues have moved by less than 5% of the largest, and halves, down to `probe_interval`,
         where one has moved by more than 20%. None: it stays.
-      probe_at_anchor: take all probes of a cycle at the parameters of its start, of which a copy is then kept.
+      probe_at_anchor: take all probes of a cycle at the parameters of the first, of which a copy is then kept.
       warmup_steps: updates before the first probe.
       order: probes in a cycle. Default: twice the number of eigenpairs.
       tolerance: as in :func:`dho2`; ends a cycle early. What the movement of the operator does to a pair counts as
@@ -586,12 +586,17 @@ def _hybrid(
 
     def operator_for(params: Any, batch: Any, value_fn: Any, full_params: Any) -> tuple[Operator, Any] | None:
         """The curvature operator of this update and what it takes for a batch, if it can be had."""
-        if any_hidden(params) and full_params is None:
-            raise ValueError(
-                "`params` has leaves hidden by optax.masked or optax.partition; give all parameters to update as "
-                "`full_params=`."
-            )
-        merged = lambda p: p if full_params is None else fill(p, full_params)  # noqa: E731
+
+        def merged(visible: Any) -> Any:
+            if full_params is not None:
+                return fill(visible, full_params)
+            if any_hidden(visible):
+                raise ValueError(
+                    "`params` has leaves hidden by optax.masked or optax.partition; give all parameters to update as "
+                    "`full_params=`."
+                )
+            return visible
+
         if curvature is not None:
             if any_hidden(params):
                 raise ValueError("`curvature` operators do not see parameters hidden by optax.masked.")
@@ -612,14 +617,10 @@ def _hybrid(
     def source(params: Any, hvp: Any, found: tuple[Operator, Any] | None, allowed: ArrayLike) -> Source:
         """What this update may learn curvature from; a product that is given comes before one that we would make."""
         if hvp is not None:
-            hvp = hide(hvp, params)
-            if jax.tree.structure(hvp) != jax.tree.structure(params):
-                raise ValueError(
-                    f"`hvp` must be a pytree like `params`, got {jax.tree.structure(hvp)} for "
-                    f"{jax.tree.structure(params)}."
-                )
-            product = averaged(hvp)
-            return Source(params, None, product, allowed)
+            given, wanted = (jax.tree.structure(tree, is_leaf=is_hidden) for tree in (hvp, params))
+            if given != wanted:
+                raise ValueError(f"`hvp` must be a pytree like `params`, got {given} for {wanted}.")
+            return Source(params, None, lambda: averaged(hide(hvp, params)), allowed)
         if found is None:
             return Source(params, None, None, allowed)
         operator, operand = found

@@ -279,6 +279,62 @@ def test_published_pairs_are_those_with_small_enough_residuals():
     assert found.mask.all()
 
 
+def _few_pairs(values, residuals, num_valid=None):
+    """Ritz pairs of which only the numbers matter."""
+    values, residuals = np.float32(values), np.float32(residuals)
+    num_valid = np.int32(len(values) if num_valid is None else num_valid)
+    return krylov.RitzPairs(values, residuals, np.eye(len(values), dtype=np.float32), num_valid)
+
+
+@pytest.mark.parametrize(
+    ("partial", "residuals", "expected"),
+    [
+        # Of a whole process the largest eigenvalue, 10, is the unit of all residuals.
+        (False, [0.9, 0.9, 0.9], [True, True, True]),
+        (False, [1.1, 0.9, 1.1], [False, True, False]),
+        # Of a partial one every eigenvalue is its own.
+        (True, [0.9, 0.9, 0.9], [True, False, False]),
+        (True, [0.9, 0.3, 0.05], [True, True, True]),
+        (True, [0.9, 0.5, 0.05], [True, False, True]),
+        (True, [1.1, 0.3, 0.2], [False, True, False]),
+    ],
+)
+def test_pairs_of_a_process_that_goes_on_must_be_sure_by_themselves(partial, residuals, expected):
+    # In ascending order, with a pair of small magnitude that is not wanted.
+    pairs = _few_pairs([-4.0, 0.1, 1.0, 10.0], [residuals[1], 0.0, residuals[2], residuals[0]])
+    for given in (partial, jnp.asarray(partial)):
+        index, mask = eigensolver.usable(pairs, 3, 0, "magnitude", 0.1, partial=given)
+        np.testing.assert_array_equal(index, [3, 0, 2])
+        np.testing.assert_array_equal(mask, expected)
+    index, mask = eigensolver.usable(pairs, 2, 1, "algebraic", 0.1, partial=partial)
+    np.testing.assert_array_equal(index, [0, 2, 3])
+    np.testing.assert_array_equal(mask, np.array(expected)[[1, 2, 0]])
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_pairs_that_do_not_exist_are_not_usable(partial):
+    pairs = _few_pairs([-4.0, 1.0, 99.0, 99.0], [0.0, 0.0, 0.0, 0.0], num_valid=2)
+    _, mask = eigensolver.usable(pairs, 3, 0, "magnitude", 0.1, partial=partial)
+    np.testing.assert_array_equal(mask, [True, True, False])
+
+
+def test_published_pairs_of_a_partial_process_are_the_sure_ones():
+    matrix = symmetric(np.concatenate([[100.0, 3.0, 2.0], np.linspace(-1, 1, _N - 3)])).astype(np.float32)
+
+    @jax.jit
+    def publish(matrix, partial):
+        state = krylov.start(krylov.random_vector(jnp.uint32(0), _LIKE, None), 5, seed=jnp.uint32(0))
+        never = lambda pairs: pairs.num_valid < 0  # noqa: E731
+        state = krylov.run(matrix_operator(matrix, _LIKE), state, _LIKE, is_done=never, min_matvecs=0)
+        return eigensolver.publish(state, 3, 0, "magnitude", 0.05, partial=partial)
+
+    partial, whole = publish(matrix, True), publish(matrix, False)
+    np.testing.assert_array_equal(partial.mask, [True, False, False])
+    np.testing.assert_array_equal(whole.mask, [True, True, True])
+    np.testing.assert_array_equal(partial.eigenvalues, whole.eigenvalues)
+    np.testing.assert_array_equal(np.any(flat_rows(partial.eigenvectors), axis=1), partial.mask)
+
+
 def test_a_zero_spectrum_leaves_everything_to_the_base():
     spectrum = eigensolver.zero_spectrum(3, _LIKE, jnp.bfloat16)
     assert not spectrum.mask.any()

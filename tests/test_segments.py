@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dho2_optax import segments
 from tests.helpers import AXIS, SPLITTING, count_instructions, flat, make_mesh, on_devices
@@ -150,6 +150,54 @@ def test_one_collective_for_each_dtype_however_many_leaves(num_leaves):
     assert count_instructions(hlo, "reduce-scatter") == 2
     assert count_instructions(hlo, "all-gather") == 2
     assert count_instructions(hlo, "all-reduce", "all-to-all", "collective-permute") == 0
+
+
+@pytest.mark.parametrize("how", SPLITTING)
+def test_whole_gathers_segments_where_the_axis_is_bound(how):
+    tree = _tree(0)
+
+    def program(tree, _):
+        return segments.whole(segments.split(tree, AXIS), tree, AXIS)
+
+    output = on_devices(program, 3, how)(tree, np.zeros(3))
+    for name, leaf in tree.items():
+        assert output[name].dtype == leaf.dtype
+        for p in range(3):
+            np.testing.assert_array_equal(output[name][p], leaf)
+
+
+def _global_view(tree, mesh):
+    """Segments as they look from outside of `shard_map`."""
+    split = lambda x: segments.split(x, AXIS)  # noqa: E731
+    run = jax.shard_map(split, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(AXIS))
+    return jax.jit(run)(tree)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("num_devices", [3, 4])
+def test_whole_of_the_global_view_of_segments(explicit, num_devices):
+    tree = _tree(0)
+    mesh = make_mesh(num_devices)
+    if explicit:
+        mesh = jax.make_mesh((num_devices,), (AXIS,), devices=mesh.devices.ravel())
+    tree = jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    view = _global_view(tree, mesh)
+    assert all(not x.sharding.is_fully_replicated for x in jax.tree.leaves(view))
+    assert {x.ndim for x in jax.tree.leaves(view)} == {1}
+    output = jax.jit(lambda view: segments.whole(view, tree, AXIS))(view)
+    for name, leaf in tree.items():
+        assert output[name].dtype == leaf.dtype
+        np.testing.assert_array_equal(output[name], leaf)
+        if explicit:
+            # Also a leaf that is as long as its segments.
+            assert jax.typeof(output[name]).sharding.spec == jax.typeof(leaf).sharding.spec
+
+
+def test_whole_of_what_is_not_split_is_the_vector_itself():
+    tree = jax.tree.map(jnp.asarray, _tree(0))
+    for axis_name in (None, AXIS):
+        same = segments.whole(tree, tree, axis_name)
+        assert all(a is b for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(tree), strict=True))
 
 
 def test_splitting_a_replicated_vector_does_not_communicate():

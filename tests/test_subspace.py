@@ -264,6 +264,26 @@ def test_base_scale(eigenvalues, mask, num_smallest, limit, expected):
     np.testing.assert_allclose(sigma, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("eigenvalues", "residuals", "mask", "num_smallest", "expected"),
+    [
+        ([8.0, 4.0, 2.0], [0.0, 0.0, 1.0], [True, True, False], 0, 2),  # 2 + 1 is below the smallest in use
+        ([8.0, 4.0, 2.0], [0.0, 0.0, 4.0], [True, True, False], 0, 8 / 6),  # 2 + 4 is not
+        ([8.0, 4.0, -2.0], [0.0, 0.0, 4.0], [True, True, False], 0, 8 / 6),  # by magnitude
+        ([8.0, 4.0, 2.0], [0.0, 0.0, 9.0], [True, True, False], 0, 1),  # steeper than all in use, maybe
+        ([8.0, 6.0, 2.0], [0.0, 0.0, 0.0], [True, False, True], 0, 8 / 6),
+        ([8.0, 6.0, 5.0, 2.0], [0.0, 1.0, 0.5, 0.0], [True, False, False, True], 0, 8 / 7),  # the largest of several
+        ([8.0, 4.0, 0.0], [9.0, 9.0, 0.0], [True, True, True], 0, 2),  # residuals of pairs in use do not count
+        ([8.0, 4.0, 0.0], [0.0, 0.0, 0.0], [True, True, False], 0, 2),  # a pair that does not exist
+        ([-7.0, 4.0, 8.0], [2.0, 0.0, 0.0], [False, True, True], 1, 2),  # the smallest of algebraic selection
+        ([6.0, 4.0, 2.0], [0.0, 0.0, 0.0], [False, False, False], 0, 1),
+    ],
+)
+def test_pairs_left_to_the_base_limit_its_scale(eigenvalues, residuals, mask, num_smallest, expected):
+    spectrum = _numbers(eigenvalues, mask)._replace(residuals=np.float32(residuals))
+    np.testing.assert_allclose(_base_scale(spectrum, num_smallest, 3.0), expected, rtol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def turned():
     """Two spectra and the state of a subspace optimizer carried from one to the other."""

@@ -1065,7 +1065,7 @@ def test_metrics_describe_the_spectrum_in_use():
 )
 @pytest.mark.parametrize("read", [dho2.metrics, dho2.spectrum])
 def test_a_state_without_one_optimizer_of_ours_is_refused(make, count, read):
-    with pytest.raises(ValueError, match=f"`state` must hold one dho2 or fosi state, got {count}"):
+    with pytest.raises(ValueError, match=f"`state` must hold one dho2, mr_dho2 or fosi state, got {count}"):
         read(make().init(START))
 
 

@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
 from dho2_optax import plan
-from tests.multidevice import situations
+from tests.multidevice import problems, situations
 
 RANK = 8
 SIZES = (300, 100, 10)
-NUM_PARAMS = 300 * 100 + 100 + 100 * 10 + 10
+NUM_PARAMS = (SIZES[0] + 1) * SIZES[1] + (SIZES[1] + 1) * SIZES[2]
 SMALL = 1024  # numbers; every leaf that matters is larger, every inner product smaller
 
 
@@ -27,18 +27,18 @@ def _loss_fn(params, batch):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def _params():
-    d, h, o = SIZES
+def _params(num_inputs=SIZES[0]):
+    d, h, o = num_inputs, *SIZES[1:]
     zeros = {"w1": (d, h), "b1": (h,), "w2": (h, o), "b2": (o,)}
     return {name: jnp.zeros(shape) for name, shape in zeros.items()}
 
 
-def _batch(size=64):
-    return jnp.zeros((size, SIZES[0])), jnp.zeros(size, jnp.int32)
+def _batch(size=64, num_inputs=SIZES[0]):
+    return jnp.zeros((size, num_inputs)), jnp.zeros(size, jnp.int32)
 
 
 @functools.cache
-def _on_mesh(num_devices, order=16, base_on_segments=True):
+def _on_mesh(num_devices, order=16, base_on_segments=True, num_inputs=SIZES[0]):
     """A donated step with `mesh=`, compiled; and its abstract state."""
     mesh = situations.data_mesh(num_devices)
     tx = dho2.dho2(
@@ -56,8 +56,8 @@ def _on_mesh(num_devices, order=16, base_on_segments=True):
         updates, state = tx.update(grads, state, params, batch=batch)
         return optax.apply_updates(params, updates), state
 
-    params = jax.device_put(_params(), NamedSharding(mesh, P()))
-    batch = jax.device_put(_batch(), NamedSharding(mesh, P("data")))
+    params = jax.device_put(_params(num_inputs), NamedSharding(mesh, P()))
+    batch = jax.device_put(_batch(num_inputs=num_inputs), NamedSharding(mesh, P("data")))
     state = tx.init(params)
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile(), state
 
@@ -149,15 +149,19 @@ def test_eigenvectors_and_base_state_fall_with_the_number_of_devices():
 
 
 def test_krylov_basis_falls_with_the_number_of_devices():
-    """Temporaries of one more basis vector, from the difference of two orders."""
-    rows = 64
+    """Temporaries of one more basis vector, from the difference of two orders.
+
+    The model is larger here: projected matrices, of order squared numbers, are whole on every device.
+    """
+    rows, num_inputs = 64, 1200
 
     def bytes_per_row(num_devices):
-        small, large = (plan.memory(_on_mesh(num_devices, order)[0]).temp for order in (64, 64 + rows))
+        compiled = [_on_mesh(num_devices, order, num_inputs=num_inputs)[0] for order in (64, 64 + rows)]
+        small, large = (plan.memory(program).temp for program in compiled)
         return (large - small) / rows
 
     one, eight = bytes_per_row(1), bytes_per_row(8)
-    assert one >= 4 * NUM_PARAMS
+    assert one >= 4 * num_inputs * SIZES[1]
     assert eight <= one / 7.5
 
 
@@ -170,3 +174,89 @@ def test_a_donated_state_is_updated_in_place(num_devices):
     # Krylov basis of 16 rows, Ritz vectors of 8, and some vectors; a copy of the state would be 8 rows more.
     vectors_kept = 12 * 4 * NUM_PARAMS
     assert needed.temp <= (16 + RANK) * 4 * NUM_PARAMS / num_devices * 1.1 + vectors_kept
+
+
+# Streaming. In `_large` its probe is "refresh": a branch of the step.
+
+
+@functools.cache
+def _streaming(how, num_devices=8, order=16, by_product=True):
+    """A donated step of `mr_dho2`, compiled; and its abstract state, with the shardings of the program's output."""
+    optimizer = situations.Optimizer(dho2.mr_dho2, {"rank": RANK, "order": order, "axis_name": "data"}, by_product)
+    problem = problems.Problem(_params(), _batch(), _loss_fn, optax.adam(1e-3))
+    mesh = situations.data_mesh(num_devices)
+    if how == "mesh":
+        tx = optimizer.of(problem, mesh=mesh)
+        step = situations.jit_step(problem, tx, optimizer)
+        params = jax.device_put(_params(), NamedSharding(mesh, P()))
+        batch = jax.device_put(_batch(), NamedSharding(mesh, P("data")))
+        state = tx.init(params)
+    else:
+        averages = how == "averaged by the optimizer"
+        tx = optimizer.of(problem, average_gradients=averages)
+        specs = dho2.state_specs(tx.init, _params(), "data")
+        shard_map = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+        local = situations.local_step(problem, tx, optimizer, averages)
+        step = shard_map(local, in_specs=(P(), specs, P("data")), out_specs=(P(), specs))
+        params, batch = _params(), _batch()
+        state = jax.eval_shape(shard_map(tx.init, in_specs=P(), out_specs=specs), params)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile()
+    return compiled, jax.tree.map(_shard_shape, state, compiled.output_shardings[1])
+
+
+def test_a_probe_costs_one_all_gather_and_the_averaging_of_the_product():
+    assert _large(_streaming("averaged by the optimizer")[0]) == [
+        ("all-gather", "refresh"),
+        ("all-gather", "step"),
+        ("reduce-scatter", "refresh"),
+        ("reduce-scatter", "step"),
+    ]
+
+
+def test_an_averaged_product_is_sliced():
+    """The user's own all-reduce, of gradient and product in one."""
+    assert _large(_streaming("averaged by the user")[0]) == [
+        ("all-gather", "refresh"),
+        ("all-gather", "step"),
+        ("all-reduce", "step"),
+    ]
+
+
+def test_a_probe_that_the_optimizer_makes_itself_costs_what_a_matvec_does():
+    assert _large(_streaming("averaged by the user", by_product=False)[0]) == [
+        ("all-gather", "refresh"),
+        ("all-gather", "step"),
+        ("all-reduce", "step"),
+        ("reduce-scatter", "refresh"),
+    ]
+
+
+def test_on_a_mesh_only_a_probe_gathers_the_vector_and_averages_the_product():
+    """The compiler averages the gradient in both branches of `value_grad_and_hvp`, with the product in one of them."""
+    compiled, _ = _streaming("mesh")
+    found = _large(compiled)
+    assert [x for x in found if x[1] == "step"] == [("all-gather", "step")]
+    assert [x for x in found if x[0] != "all-gather"] == [("all-reduce", "refresh")] * 2
+    in_branches = [x for x in plan.collectives(compiled) if x.in_branch]
+    gathered = sum(x.bytes for x in in_branches if x.op == "all-gather")
+    reduced = sorted(x.bytes for x in in_branches if x.op == "all-reduce")[-2:]
+    # The compiler gathers a leaf in two stages: among neighbours, and among groups of them.
+    assert 4 * 30000 <= gathered <= 1.3 * 4 * NUM_PARAMS
+    np.testing.assert_allclose(reduced, [4 * NUM_PARAMS, 8 * NUM_PARAMS], rtol=0.05)
+
+
+def test_the_krylov_basis_in_the_state_falls_with_the_number_of_devices():
+    one, eight = (
+        plan.tree_bytes_per_device(_streaming("mesh", num_devices)[1].probing.process.basis) for num_devices in (1, 8)
+    )
+    assert one >= 16 * 4 * NUM_PARAMS
+    assert eight <= one / 7.5
+
+
+@pytest.mark.parametrize("num_devices", [pytest.param(1, marks=pytest.mark.slow), 8])
+def test_the_krylov_basis_is_extended_in_place(num_devices):
+    """Temporaries do not grow with it."""
+    small, large = (plan.memory(_streaming("mesh", num_devices, order)[0]) for order in (16, 80))
+    row = 4 * NUM_PARAMS / num_devices
+    assert large.alias - small.alias >= 64 * row
+    assert large.temp - small.temp <= 2 * row

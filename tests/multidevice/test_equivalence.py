@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -16,17 +17,20 @@ NUM_STEPS = 50
 PROBLEMS = {"mlp": problems.mlp, "cnn": problems.cnn}
 
 SITUATIONS = {
-    "jit with mesh": lambda p, n: situations.on_mesh(p, NUM_STEPS, situations.data_mesh(n)),
-    "jit with Explicit mesh": lambda p, n: situations.on_mesh(p, NUM_STEPS, situations.data_mesh(n, explicit=True)),
-    "shard_map": lambda p, n: situations.in_shard_map(p, NUM_STEPS, n, check_vma=True),
-    "shard_map unchecked": lambda p, n: situations.in_shard_map(p, NUM_STEPS, n, check_vma=False),
-    "pmap": lambda p, n: situations.in_pmap(p, NUM_STEPS, n),
+    "jit with mesh": lambda p, n, *o: situations.on_mesh(p, NUM_STEPS, situations.data_mesh(n), *o),
+    "jit with Explicit mesh": lambda p, n, *o: situations.on_mesh(
+        p, NUM_STEPS, situations.data_mesh(n, explicit=True), *o
+    ),
+    "shard_map": lambda p, n, *o: situations.in_shard_map(p, NUM_STEPS, n, *o, check_vma=True),
+    "shard_map unchecked": lambda p, n, *o: situations.in_shard_map(p, NUM_STEPS, n, *o, check_vma=False),
+    "pmap": lambda p, n, *o: situations.in_pmap(p, NUM_STEPS, n, *o),
 }
+OPTIMIZERS = {"streaming": situations.STREAMING, "streaming by itself": situations.STREAMING._replace(by_product=False)}
 
 
 @functools.cache
-def reference(problem: str):
-    return situations.one_device(PROBLEMS[problem](), NUM_STEPS)
+def reference(problem: str, optimizer: str | None = None):
+    return situations.one_device(PROBLEMS[problem](), NUM_STEPS, *([OPTIMIZERS[optimizer]] if optimizer else []))
 
 
 def assert_same_params(params, expected, tolerance=1e-5):
@@ -102,9 +106,82 @@ def test_mesh_with_a_second_axis(explicit):
     assert kernel.sharding.spec == P(None, "data")
 
 
+def test_streaming_learns_in_several_cycles():
+    params, state = reference("mlp", "streaming")
+    start = problems.mlp()
+    assert start.loss_fn(params, start.batch) < 0.5 * start.loss_fn(start.params, start.batch)
+    metrics = dho2.metrics(state)
+    assert metrics["refreshes"] >= 4
+    assert metrics["matvecs"] + metrics["refreshes"] >= NUM_STEPS - 1
+    assert metrics["rejected_refreshes"] == metrics["skipped_probes"] == 0
+    assert metrics["active_pairs"] >= 3
+    itself, _ = reference("mlp", "streaming by itself")
+    assert_same_params(itself, params)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.slow
+def test_streaming_gives_the_same_parameters_as_on_one_device(situation, num_devices):
+    params, state = SITUATIONS[situation](problems.mlp(), num_devices, situations.STREAMING)
+    expected, alone = reference("mlp", "streaming")
+    assert_same_params(params, expected)
+    for read in (lambda s: s.refreshes, lambda s: s.matvecs, lambda s: s.spectrum.mask):
+        # In `pmap` every device has its own.
+        np.testing.assert_array_equal(read(state), np.broadcast_to(read(alone), np.shape(read(state))))
+
+
+@pytest.mark.parametrize("situation", ["jit with mesh", "shard_map"])
+@pytest.mark.slow
+def test_streaming_on_four_devices_by_itself(situation):
+    """The optimizer makes the products itself, from the local shard of the batch."""
+    params, _ = SITUATIONS[situation](problems.mlp(), 4, OPTIMIZERS["streaming by itself"])
+    assert_same_params(params, reference("mlp", "streaming")[0])
+
+
+def test_streaming_on_eight_devices_of_a_mesh():
+    params, _ = SITUATIONS["jit with mesh"](problems.mlp(), 8, situations.STREAMING)
+    assert_same_params(params, reference("mlp", "streaming")[0])
+
+
+@pytest.mark.parametrize("situation", ["shard_map", "pmap"])
+@pytest.mark.slow
+def test_gradients_and_products_averaged_by_the_optimizer(situation):
+    run = {"shard_map": functools.partial(situations.in_shard_map, check_vma=True), "pmap": situations.in_pmap}
+    params, _ = run[situation](problems.mlp(), NUM_STEPS, 4, situations.STREAMING, average_gradients=True)
+    assert_same_params(params, reference("mlp", "streaming")[0])
+
+
+@pytest.mark.parametrize("situation", ["shard_map", "jit with Explicit mesh"])
+@pytest.mark.slow
+def test_streaming_with_an_anchor(situation):
+    optimizer = situations.STREAMING._replace(options={**situations.STREAMING.options, "probe_at_anchor": True})
+    params, _ = SITUATIONS[situation](problems.mlp(), 4, optimizer)
+    assert_same_params(params, situations.one_device(problems.mlp(), NUM_STEPS, optimizer)[0])
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_leaf_as_long_as_its_segments(explicit):
+    """Its global view has the shape of the parameter itself, but is split."""
+    weights = jnp.linspace(0.1, 1, 256) ** 8
+    loss_fn = lambda params, batch: 0.5 * jnp.sum(weights * params**2) + 0 * jnp.sum(batch)  # noqa: E731
+    problem = problems.Problem(jnp.ones(256), jnp.zeros(8), loss_fn, optax.sgd(0.1))
+    mesh = situations.data_mesh(4, explicit=explicit)
+    params, _ = situations.on_mesh(problem, 20, mesh, situations.STREAMING)
+    assert_same_params(params, situations.one_device(problem, 20, situations.STREAMING)[0])
+
+
 @pytest.mark.parametrize("with_mesh_option", [False, True])
 @pytest.mark.parametrize("explicit", [False, True])
-def test_parameters_sharded_by_the_user(explicit, with_mesh_option):
+@pytest.mark.parametrize(
+    ("optimizer", "name"),
+    [
+        (situations.SYNCHRONOUS, None),
+        pytest.param(situations.STREAMING, "streaming", marks=pytest.mark.slow),
+    ],
+    ids=["synchronous", "streaming"],
+)
+def test_parameters_sharded_by_the_user(optimizer, name, explicit, with_mesh_option):
     """Tensor-parallel kernels: eigenvectors keep their sharding, or with `mesh=` go to segments of our axis."""
     mesh = (
         jax.make_mesh((4, 2), ("data", "model"))
@@ -128,10 +205,10 @@ def test_parameters_sharded_by_the_user(explicit, with_mesh_option):
     params = jax.device_put(plain.params, shardings)
     problem = plain._replace(loss_fn=loss_fn)
     extra = {"mesh": mesh, "axis_name": "data"} if with_mesh_option else {}
-    tx = dho2.dho2(problem.base, loss_fn, **situations.OPTIONS, **extra)
-    state = tx.init(params)
-    params, state = situations.train(situations.jit_step(problem, tx), params, state, batch, NUM_STEPS)
-    assert_same_params(params, reference("mlp")[0])
+    tx = optimizer.of(problem, **extra)
+    step = situations.jit_step(problem, tx, optimizer)
+    params, state = situations.train(step, params, tx.init(params), batch, NUM_STEPS)
+    assert_same_params(params, reference("mlp", name)[0])
     kernel = dho2.spectrum(state).eigenvectors["in"]["kernel"]
     expected = P(None, "data") if with_mesh_option else P(None, "model")
     assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, expected), kernel.ndim)
