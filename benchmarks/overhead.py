@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "overhead.json")
     arguments = parser.parse_args()
+    machine.keep_memory("benchmarks.overhead")
     results = {**machine.describe(sys.argv), **measure(arguments.repeats)}
     print(report(results))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

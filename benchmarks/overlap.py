@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
+
 FORMS = {
     "separate devices, 1 training + 1 curvature": ("roles", 1, 1),
     "separate devices, 7 training + 1 curvature": ("roles", 7, 1),
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "overlap.json")
     parser.add_argument("--form", choices=FORMS, help="only this one, as JSON on standard output")
     arguments = parser.parse_args()
+    machine.keep_memory("benchmarks.overlap")
     if arguments.form:
         print(json.dumps(measure(*FORMS[arguments.form], arguments.repeats)))
         return
@@ -131,8 +134,6 @@ def main() -> None:
         printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         forms[name] = json.loads(printed.splitlines()[-1])
         print(f"{name}: {forms[name]['median']}, hidden {forms[name]['fraction_hidden']:.2f}", flush=True)
-
-    from benchmarks import machine
 
     results = {
         **machine.describe(sys.argv),

@@ -351,6 +351,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="length of a run (budgets)")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    machine.keep_memory("benchmarks.streaming")
     results = {**machine.describe(sys.argv), **parts[arguments.part](arguments)}
     out = arguments.out or RESULTS / f"streaming_{arguments.part}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
