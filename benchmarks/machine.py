@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 
-
-# XLA asks glibc for the temporaries of a program at every call. Above 32 MiB glibc returns them to the system each time,
-# and the page faults of the next call cost milliseconds that have nothing to do with the program.
+# XLA asks glibc for the temporaries of a program at every call. Above 32 MiB glibc returns them to the system each
+# time, and the page faults of the next call cost milliseconds that have nothing to do with the program.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
