@@ -233,6 +233,11 @@ class CurvatureGroup:
         """What the Lanczos program needs on each device of the group, for parameters and a batch like these."""
         return plan.memory(self._compile(params, batch))
 
+    def warm_up(self, state: Any, params: Any, batch: Any) -> None:
+        """Compiles everything ahead of its use, for arguments like those of :meth:`advance`; changes nothing."""
+        self._compile(params, batch)
+        self._install(state, self._empty(self._snapshot(params)), 0, 0)
+
     def advance(self, state: Any, params: Any, batch: Any) -> Any:
         """Installs the spectrum if one is there, and launches the next process; to be called after every update.
 

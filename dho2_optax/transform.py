@@ -182,7 +182,7 @@ def mr_dho2(
     warmup_steps: ArrayLike = 0,
     order: int | None = None,
     tolerance: ArrayLike = 1e-2,
-    max_residual: ArrayLike = 0.1,
+    max_residual: ArrayLike = 0.3,
     select: Select = "magnitude",
     base_scale_limit: ArrayLike = 3.0,
     floor: ArrayLike = 1e-3,
@@ -223,7 +223,8 @@ def mr_dho2(
       order: probes in a cycle. Default: twice the number of eigenpairs.
       tolerance: as in :func:`dho2`; ends a cycle early. What the movement of the operator does to a pair counts as
         residual.
-      max_residual: as in :func:`dho2`.
+      max_residual: as in :func:`dho2`, but larger: with a batch of its own for every probe even the largest pair keeps
+        a residual of about a tenth, and left to `base` it would do more harm than used.
       select: as in :func:`dho2`.
       base_scale_limit: as in :func:`dho2`.
       floor: as in :func:`dho2`.

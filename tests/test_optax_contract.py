@@ -23,12 +23,18 @@ def dho2_adam(learning_rate: optax.ScalarOrSchedule, rank: int = 2, alpha: float
     return dho2.dho2(base, rank=rank, alpha=alpha, refresh_interval=100, warmup_steps=1)
 
 
+def mr_dho2_adam(
+    learning_rate: optax.ScalarOrSchedule, rank: int = 2, alpha: float = 0.1
+) -> optax.GradientTransformation:
+    return dho2.mr_dho2(optax.adam(learning_rate), rank=rank, alpha=alpha, probe_interval=1)
+
+
 def fosi_sgd(learning_rate: optax.ScalarOrSchedule, rank: int = 2, alpha: float = 0.1) -> optax.GradientTransformation:
     base = optax.sgd(learning_rate)
     return dho2.fosi(base, rank=rank, alpha=alpha, refresh_interval=100, warmup_steps=1)
 
 
-_FACTORIES = {factory.__name__: factory for factory in (dho2_adam, fosi_sgd)}
+_FACTORIES = {factory.__name__: factory for factory in (dho2_adam, mr_dho2_adam, fosi_sgd)}
 _ONLY_SOPHIA = """
 _MAIN_OPTIMIZERS_UNDER_TEST = [
     o for o in _MAIN_OPTIMIZERS_UNDER_TEST if o["opt_name"] == "sophia"

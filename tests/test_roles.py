@@ -277,6 +277,26 @@ def test_options_reach_the_solver():
     np.testing.assert_allclose(dho2.spectrum(signed.state).eigenvalues, [3, 4, 9], atol=1e-3)
 
 
+def test_a_warm_up_compiles_and_changes_nothing():
+    traced = []
+
+    def product(params, vector, batch):
+        traced.append(1)
+        return _product(params, vector, batch)
+
+    run = _Quadratic(product, deterministic=True)
+    run.group.warm_up(run.state, run.params, np.ones(1, np.float32))
+    assert len(traced) > 0
+    assert not any(run.group.metrics().values())
+    assert dho2.metrics(run.state)["refreshes"] == 0
+    traced.clear()
+    for _ in range(6):
+        run.step()
+    assert run.metrics["installed"] == 1
+    assert traced == []
+    _assert_true_pairs(dho2.spectrum(run.state))
+
+
 def test_memory_of_the_group_falls_with_its_size():
     params = jnp.zeros(100_000)
     operator = lambda params, vector, batch: jnp.mean(batch) * vector  # noqa: E731

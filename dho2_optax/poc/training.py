@@ -24,8 +24,6 @@ _MAX_EVALUATION_BATCH = 2000
 # Of LLVM: it takes half the time to compile.
 _UNOPTIMIZED: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 _COUNTERS = ("refreshes", "rejected_refreshes", "matvecs", "eigenvalue_max")
-_ENDS = ("installed", "rejected", "failures", "stalls")  # of what a curvature group launches
-_FIRST_PAUSE = 0.05  # seconds between two looks at it; every further one is twice as long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,8 +234,7 @@ def train(
     make_group = OPTIMIZERS[spec.optimizer].group
     group = None if make_group is None else make_group(program.context)
     if group is not None:
-        _rehearse(group, spec.refresh_interval, state, params, first)
-    known = {} if group is None else group.metrics()
+        group.warm_up(state, params, first)
     run = Run("ok", [], [], [], [], {}, None, None, 0.0)
     batch = first
     try:
@@ -261,29 +258,12 @@ def train(
             batch = next(batches)
     finally:
         if group is not None:
-            found = group.metrics()
-            run.counters |= {name: found[name] - (0.0 if name == "staleness" else known[name]) for name in found}
+            run.counters |= group.metrics()
             group.close()
     run.test_loss, run.test_accuracy, run.eval_seconds = evaluate(params)
     if not math.isfinite(run.test_loss):
         run.status = "diverged"
     return run
-
-
-def _rehearse(group: Any, interval: int, state: Any, params: Any, batch: Any) -> None:
-    """Take a group once through all that it compiles, a launch and an installation, so that no step waits for it.
-
-    A group launches every `interval` calls. After as many, the next call launches, as the first of all does.
-    """
-    group.memory(params, batch)  # compiles
-    pause = _FIRST_PAUSE
-    for _ in range(interval):
-        state = group.advance(state, params, batch)
-        found = group.metrics()
-        if not any(found[end] for end in _ENDS):
-            time.sleep(pause)
-            pause *= 2
-    group.close()
 
 
 def _grew(name: str, before: dict[str, float], after: dict[str, float]) -> bool:
