@@ -120,8 +120,7 @@ def _captured_run(problem: Problem, exact_batch: Any, seed: int, num_cycles: int
     for count, batch in enumerate(problems.batches(problem, seed)):
         params, state, _ = step(params, state, batch)
         metrics = dho2.metrics(state)
-        new_cycle = int(metrics["cycle_probes"]) == 0 and int(metrics["refreshes"]) > 0 and int(metrics["age"]) == 1
-        if not new_cycle:
+        if int(metrics["cycle_probes"]) < ORDER or int(metrics["age"]) != 1:
             continue
         published += 1
         if published % 4 == 0:

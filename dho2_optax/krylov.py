@@ -94,33 +94,21 @@ def start(
     vector: Vector, order: int, *, seed: jax.Array, axis_name: str | None = None, dtype: Any = None
 ) -> LanczosState:
     """A process of at most `order` products that starts at `vector`, of any non-zero norm."""
-    basis = vectors.zero_stack(order, vector, dtype)
-    unit = _unit(vector, basis, axis_name)
-    return _without_basis(basis, seed)._replace(basis=vectors.set_row(basis, 0, unit))
+    return _begin(vectors.zero_stack(order, vector, dtype), vector, seed, axis_name)
 
 
-def restart(
-    state: LanczosState, vector: Vector, *, seed: jax.Array, condition: jax.Array, axis_name: str | None = None
-) -> LanczosState:
-    """Where `condition` holds, a new process that starts at `vector` in the buffers of `state`; else `state`."""
-    unit = _unit(vector, state.basis, axis_name)
-    fresh = _without_basis(state.basis, seed)
-    chosen = jax.tree.map(lambda new, old: jnp.where(condition, new, old), fresh, state._replace(basis=()))
-    row = jax.tree.map(lambda new, old: jnp.where(condition, new, old), unit, vectors.row(state.basis, 0))
-    return chosen._replace(basis=vectors.set_row(state.basis, 0, row))
+def restart(state: LanczosState, vector: Vector, *, seed: jax.Array, axis_name: str | None = None) -> LanczosState:
+    """A new process that starts at `vector` in the buffers of `state`."""
+    return _begin(state.basis, vector, seed, axis_name)
 
 
-def _unit(vector: Vector, basis: Stack, axis_name: str | None) -> Vector:
-    return vectors.cast_like(vectors.scale(1 / vectors.norm(vector, axis_name), vector), basis)
-
-
-def _without_basis(basis: Stack, seed: jax.Array) -> LanczosState:
-    """A process that has taken no product, with `basis` left out."""
+def _begin(basis: Stack, vector: Vector, seed: jax.Array, axis_name: str | None) -> LanczosState:
     number = vectors.accumulation_dtype(basis)
     order = jax.tree.leaves(basis)[0].shape[0]
+    unit = vectors.scale(1 / vectors.norm(vector, axis_name), vector)
     # No array stands for two fields: a state with shared buffers could not be donated.
     return LanczosState(
-        basis=(),
+        basis=vectors.set_row(basis, 0, unit),
         projected=jnp.zeros((order, order), number),
         beta=jnp.zeros((), number),
         scale=jnp.zeros((), number),

@@ -6,7 +6,8 @@ The Lanczos process of MR-DHO2 (Gu et al., arXiv 2505.00982) laid out in time: a
 projected matrix is symmetrised, and what symmetrising changes counts as residual. Pairs are published when the cycle
 ends, and before whenever more of them have converged than are in use. The next cycle starts from the published vectors.
 
-One update does one thing at most: nothing, a probe, or, in the update after it, a publication. So no update is slow.
+One update does one thing at most: a probe; in the update after the last probe a publication; in the update after that
+the start of the next cycle. So no update is slow.
 """
 
 from collections.abc import Callable
@@ -36,7 +37,7 @@ class Probing(NamedTuple):
     due_at: jax.Array  # shape=(), dtype=int32: `count` of the update that takes the next probe
     interval: jax.Array  # shape=(), dtype=int32: updates between two probes
     pending: jax.Array  # shape=(), dtype=bool: the next update publishes the pairs found
-    complete: jax.Array  # shape=(), dtype=bool: and starts the next cycle
+    complete: jax.Array  # shape=(), dtype=bool: the cycle is over; once published, the next update starts another
     skipped: jax.Array  # shape=(), dtype=int32: probes that were due when `update` was given no product
     last: jax.Array  # shape=(k,): eigenvalues in use at the end of the last cycle, zero where masked out
     anchor: Any  # parameters at the first probe of the cycle; None where probes are taken at the current ones
@@ -44,7 +45,7 @@ class Probing(NamedTuple):
 
 def is_due(state: DHO2State) -> jax.Array:
     """Whether the next update takes a probe."""
-    return (state.count >= state.probing.due_at) & ~state.probing.pending
+    return (state.count >= state.probing.due_at) & ~state.probing.pending & ~state.probing.complete
 
 
 def probe_params(probing: Probing, params: Any) -> Any:
@@ -134,8 +135,6 @@ def streaming(
             damping=solver.damping,
             axis_name=axis_name,
         )
-        first, seed = solver.first_vector(state.spectrum, state.count, source.params)
-        process = krylov.restart(process, first, seed=seed, axis_name=axis_name, condition=complete)
         found = jnp.where(state.spectrum.mask, state.spectrum.eigenvalues, 0)
         interval = jnp.asarray(probe_interval, jnp.int32)
         if max_probe_interval is not None:
@@ -146,20 +145,25 @@ def streaming(
             interval = jnp.where(complete, adapted, probing.interval)
         return state._replace(
             probing=probing._replace(
-                process=process,
                 interval=interval,
                 pending=jnp.zeros_like(probing.pending),
-                complete=jnp.zeros_like(complete),
                 last=jnp.where(complete, found, probing.last),
             )
         )
 
+    def begin(state: DHO2State, source: Source) -> DHO2State:
+        probing: Probing = state.probing
+        first, seed = solver.first_vector(state.spectrum, state.count, source.params)
+        process = krylov.restart(probing.process, first, seed=seed, axis_name=axis_name)
+        return state._replace(probing=probing._replace(process=process, complete=jnp.zeros_like(probing.complete)))
+
     def advance(state: DHO2State, source: Source) -> DHO2State:
-        publishing = state.probing.pending & source.allowed
-        probing = is_due(state) & source.allowed
-        # Two conditionals, not a switch: the compiler then copies no big buffer on its way through.
-        state = jax.lax.cond(probing, lambda s: probe(s, source), lambda s: s, state)
-        return jax.lax.cond(publishing, lambda s: publish(s, source), lambda s: s, state)
+        pending, complete = state.probing.pending, state.probing.complete
+        due = is_due(state) & source.allowed
+        # Three conditionals, not a switch: the compiler then copies no big buffer on its way through.
+        state = jax.lax.cond(due, lambda s: probe(s, source), lambda s: s, state)
+        state = jax.lax.cond(pending & source.allowed, lambda s: publish(s, source), lambda s: s, state)
+        return jax.lax.cond(complete & ~pending & source.allowed, lambda s: begin(s, source), lambda s: s, state)
 
     return Refresh(init=init, advance=advance)
 

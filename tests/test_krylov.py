@@ -311,9 +311,7 @@ def test_residuals_tell_of_the_movement_of_the_operator(count):
         assert np.all(pairs.residuals[:count] >= outside - 1e-5)
 
 
-_restart = jax.jit(
-    lambda state, first, condition: krylov.restart(state, first, seed=jnp.uint32(0), condition=condition)
-)
+_restart = jax.jit(lambda state, first: krylov.restart(state, first, seed=jnp.uint32(0)))
 
 
 @pytest.mark.parametrize("name", ["outliers", "low rank"])
@@ -322,7 +320,7 @@ def test_a_process_restarted_in_old_buffers_is_that_of_a_fresh_start(name):
     matrix = symmetric(_SPECTRA[name]).astype(np.float32)
     old, _ = _run(symmetric(_SPECTRA["indefinite"]))
     first = jax.tree.map(lambda x: 3 * x, _random(2))
-    restarted, fresh = _restart(old, first, True), _begin(first)
+    restarted, fresh = _restart(old, first), _begin(first)
     assert np.any(flat_rows(restarted.basis)[1:])
     for count in range(_ORDER):
         for field in set(fresh._fields) - {"basis"}:
@@ -333,19 +331,10 @@ def test_a_process_restarted_in_old_buffers_is_that_of_a_fresh_start(name):
     _assert_decomposition(matrix.astype(np.float64), restarted)
 
 
-@pytest.mark.parametrize("steps", [0, 5, _ORDER])
-def test_without_its_condition_a_restart_changes_nothing(steps):
-    state = _begin(_random(1))
-    for _ in range(steps):
-        state = _extend(symmetric(_SPECTRA["low rank"]).astype(np.float32), state)
-    for got, expected in zip(jax.tree.leaves(_restart(state, _random(2), False)), jax.tree.leaves(state), strict=True):
-        np.testing.assert_array_equal(got, expected)
-
-
 def test_a_restart_forgets_a_product_that_was_not_finite():
     state = _extend(np.full((_N, _N), np.nan, np.float32), _begin(_random(1)))
     assert not krylov.is_finite(state)
-    state = _restart(state, _random(2), True)
+    state = _restart(state, _random(2))
     assert krylov.is_finite(state)
     matrix = symmetric(_SPECTRA["outliers"]).astype(np.float32)
     for _ in range(5):
