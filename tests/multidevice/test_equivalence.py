@@ -112,7 +112,8 @@ def test_streaming_learns_in_several_cycles():
     assert start.loss_fn(params, start.batch) < 0.5 * start.loss_fn(start.params, start.batch)
     metrics = dho2.metrics(state)
     assert metrics["refreshes"] >= 4
-    assert metrics["matvecs"] + metrics["refreshes"] >= NUM_STEPS - 1
+    # Every update makes a probe, publishes, or starts a cycle.
+    assert metrics["matvecs"] + 2 * metrics["refreshes"] >= NUM_STEPS - 1
     assert metrics["rejected_refreshes"] == metrics["skipped_probes"] == 0
     assert metrics["active_pairs"] >= 3
     itself, _ = reference("mlp", "streaming by itself")
