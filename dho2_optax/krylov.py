@@ -94,17 +94,16 @@ def start(
     vector: Vector, order: int, *, seed: jax.Array, axis_name: str | None = None, dtype: Any = None
 ) -> LanczosState:
     """A process of at most `order` products that starts at `vector`, of any non-zero norm."""
-    return _begin(vectors.zero_stack(order, vector, dtype), vector, seed, axis_name)
+    return _begin(vectors.zero_stack(order, vector, dtype), order, vector, seed, axis_name)
 
 
 def restart(state: LanczosState, vector: Vector, *, seed: jax.Array, axis_name: str | None = None) -> LanczosState:
     """A new process that starts at `vector` in the buffers of `state`."""
-    return _begin(state.basis, vector, seed, axis_name)
+    return _begin(state.basis, state.projected.shape[0], vector, seed, axis_name)
 
 
-def _begin(basis: Stack, vector: Vector, seed: jax.Array, axis_name: str | None) -> LanczosState:
+def _begin(basis: Stack, order: int, vector: Vector, seed: jax.Array, axis_name: str | None) -> LanczosState:
     number = vectors.accumulation_dtype(basis)
-    order = jax.tree.leaves(basis)[0].shape[0]
     unit = vectors.scale(1 / vectors.norm(vector, axis_name), vector)
     # No array stands for two fields: a state with shared buffers could not be donated.
     return LanczosState(

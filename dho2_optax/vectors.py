@@ -88,7 +88,9 @@ def dots(stack: Stack, vector: Vector, axis_name: str | None = None) -> jax.Arra
 
 
 def dot(x: Vector, y: Vector, axis_name: str | None = None) -> jax.Array:
-    """The inner product of two vectors, a scalar."""
+    """The inner product of two vectors, a scalar; zero for vectors without leaves."""
+    if not jax.tree.leaves(x):
+        return jnp.zeros(())
     return dots(jax.tree.map(lambda leaf: leaf[None], x), y, axis_name)[0]
 
 

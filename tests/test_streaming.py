@@ -938,3 +938,11 @@ def test_options_are_those_of_dho2_but_for_the_schedule():
     ours, theirs = (set(inspect.signature(f).parameters) for f in (dho2.mr_dho2, dho2.dho2))
     assert ours - theirs == {"probe_interval", "max_probe_interval", "probe_at_anchor"}
     assert theirs - ours == {"refresh_interval"}
+
+
+def test_a_state_of_parameters_without_leaves():
+    """Optax looks at the structure of a state through one."""
+    state = _optimizer(None).init({})
+    assert jax.tree.structure(state) == jax.tree.structure(_optimizer(None).init({}))
+    assert state.probing.process.projected.shape == (9, 9)
+    assert state.probing.process.count == 0
