@@ -218,7 +218,7 @@ def test_advance_does_not_wait():
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_stalled_group_leaves_training_on_the_last_spectrum(deterministic):
     device = _Device()
-    run = _Quadratic(device.product, deterministic=deterministic, timeout=1.0)
+    run = _Quadratic(device.product, deterministic=deterministic, timeout=2.0)
     run.step_until("installed", 1)
     good = np.array(dho2.spectrum(run.state).eigenvalues)
     device.free.clear()
