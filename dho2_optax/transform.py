@@ -599,7 +599,7 @@ def _hybrid(
             return visible
 
         if curvature is not None:
-            if any_hidden(params):
+            if any_hidden(merged(params)) or any_hidden(params):
                 raise ValueError("`curvature` operators do not see parameters hidden by optax.masked.")
             return None if batch is None and not needs_curvature else (curvature, batch)
         if loss_fn is not None:

@@ -157,8 +157,12 @@ def test_gradients_and_products_averaged_by_the_optimizer(situation):
 @pytest.mark.slow
 def test_streaming_with_an_anchor(situation):
     optimizer = situations.STREAMING._replace(options={**situations.STREAMING.options, "probe_at_anchor": True})
-    params, _ = SITUATIONS[situation](problems.mlp(), 4, optimizer)
-    assert_same_params(params, situations.one_device(problems.mlp(), NUM_STEPS, optimizer)[0])
+    num_steps = 30  # three cycles; products of an old anchor let rounding errors grow faster
+    if situation == "shard_map":
+        params, _ = situations.in_shard_map(problems.mlp(), num_steps, 4, optimizer, check_vma=True)
+    else:
+        params, _ = situations.on_mesh(problems.mlp(), num_steps, situations.data_mesh(4, explicit=True), optimizer)
+    assert_same_params(params, situations.one_device(problems.mlp(), num_steps, optimizer)[0])
 
 
 @pytest.mark.parametrize("explicit", [False, True])
