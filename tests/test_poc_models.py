@@ -25,6 +25,27 @@ def test_every_model_takes_every_image_shape(name, shape):
     assert models.num_parameters(params) > 1000
 
 
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize(("kernel_size", "stride", "size"), [(3, 1, 7), (3, 2, 7), (3, 2, 8), (1, 2, 8), (2, 1, 5)])
+def test_patches_give_the_convolution(kernel_size, stride, size, padding):
+    keys = jax.random.split(jax.random.key(0))
+    images = jax.random.normal(keys[0], (3, size, size + 1, 2))
+    kernel = jax.random.normal(keys[1], (kernel_size, kernel_size, 2, 5))
+    expected = jax.lax.conv_general_dilated(
+        images, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(
+        models.convolve_patches(images, kernel, (stride, stride), padding), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet"])
+def test_on_cpu_no_convolution_is_left_to_xla(name):
+    task = tasks.from_dataset(name, _dataset((8, 8, 1)))
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(jax.grad(task.loss_fn))(params, task.train))
+
+
 @pytest.mark.parametrize("name", list(models.MODELS))
 def test_the_loss_of_a_batch_is_the_mean_of_its_parts(name):
     task = tasks.from_dataset(name, _dataset((8, 8, 1)))
