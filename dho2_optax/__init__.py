@@ -3,6 +3,8 @@
 from dho2_optax._version import __version__
 from dho2_optax.curvature import gauss_newton, hessian
 from dho2_optax.eigensolver import Spectrum, lanczos
+from dho2_optax.kronecker import shampoo, soap
+from dho2_optax.metric import Metric
 from dho2_optax.monitor import get_spectrum as spectrum
 from dho2_optax.monitor import metrics
 from dho2_optax.parallel import state_specs
@@ -14,6 +16,7 @@ from dho2_optax.transform import MultiSteps, dho2, fosi, mr_dho2
 __all__ = [
     "CurvatureGroup",
     "DHO2State",
+    "Metric",
     "MultiSteps",
     "Spectrum",
     "__version__",
@@ -24,6 +27,8 @@ __all__ = [
     "lanczos",
     "metrics",
     "mr_dho2",
+    "shampoo",
+    "soap",
     "spectrum",
     "state_specs",
     "value_grad_and_hvp",

@@ -29,6 +29,7 @@ def hessian(
     has_aux: bool = False,
     mode: Mode = "forward-over-reverse",
     batch_size: int | None = None,
+    batch_start: int = 0,
     microbatch_size: int | None = None,
 ) -> Operator:
     r"""The operator :math:`(\theta, v, b) \mapsto \nabla^2_\theta \mathcal{L}(\theta; b)\, v`.
@@ -39,8 +40,8 @@ def hessian(
       has_aux: whether `loss_fn` returns a pair.
       mode: ``"forward-over-reverse"`` (about twice the cost of a gradient) or ``"reverse-over-reverse"``, which
         costs more but works where a function has only a ``custom_vjp``.
-      batch_size: use only this many samples, the first ones of the batch (a cheaper, noisier operator).
-        None: all.
+      batch_size: use only this many samples (a cheaper, noisier operator). None: all.
+      batch_start: leave out this many samples, and take the ones that follow.
       microbatch_size: split the samples in chunks of this size and accumulate their products in a scan, so that
         the activations of one chunk only are alive. Must divide the number of samples.
 
@@ -48,7 +49,8 @@ def hessian(
       An operator ``(params, vector, batch) -> vector``.
 
     Raises:
-      ValueError: if `mode` is unknown or a size is not positive.
+      ValueError: if `mode` is unknown, a size is not positive or `batch_start` negative; when called, if the batch has
+        no sample left, or arrays of different lengths, of which a part cannot be taken.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,7 +73,7 @@ def hessian(
         _, pullback = jax.vjp(jax.grad(scalar_loss), params)
         return pullback(vector)[0]
 
-    return _batched(product, batch_size, microbatch_size)
+    return _batched(product, batch_size, batch_start, microbatch_size)
 
 
 def gauss_newton(
@@ -79,6 +81,7 @@ def gauss_newton(
     output_loss_fn: Callable[[Any, Batch], jax.Array],
     *,
     batch_size: int | None = None,
+    batch_start: int = 0,
     microbatch_size: int | None = None,
 ) -> Operator:
     r"""The operator :math:`(\theta, v, b) \mapsto J^\top H_{\mathcal{L}} J v` of a model/loss split.
@@ -91,13 +94,14 @@ def gauss_newton(
       model_fn: ``(params, batch) -> outputs``, any pytree.
       output_loss_fn: ``(outputs, batch) -> loss``, a scalar mean over samples.
       batch_size: as in :func:`hessian`.
+      batch_start: as in :func:`hessian`.
       microbatch_size: as in :func:`hessian`.
 
     Returns:
       An operator ``(params, vector, batch) -> vector``.
 
     Raises:
-      ValueError: if a size is not positive.
+      ValueError: as :func:`hessian` does.
 
     Example:
       >>> import jax.numpy as jnp
@@ -115,18 +119,34 @@ def gauss_newton(
         _, curved = jax.jvp(output_gradient, (outputs,), (pushforward(vector),))
         return jax.linear_transpose(pushforward, params)(curved)[0]
 
-    return _batched(product, batch_size, microbatch_size)
+    return _batched(product, batch_size, batch_start, microbatch_size)
 
 
-def _batched(product: Operator, batch_size: int | None, microbatch_size: int | None) -> Operator:
+def _batched(product: Operator, batch_size: int | None, batch_start: int, microbatch_size: int | None) -> Operator:
     """Restricts an operator to a sub-batch and accumulates it over microbatches."""
     for name, size in (("batch_size", batch_size), ("microbatch_size", microbatch_size)):
         if size is not None and size <= 0:
             raise ValueError(f"`{name}` must be positive, got {size}.")
+    if batch_start < 0:
+        raise ValueError(f"`batch_start` must be non-negative, got {batch_start}.")
+    samples = slice(batch_start, None if batch_size is None else batch_start + batch_size)
+
+    def cut(batch: Batch) -> Batch:
+        lengths = {jnp.shape(x)[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"a batch of which `batch_size` or `batch_start` take a part must have samples along the leading axis "
+                f"of every array, got lengths {sorted(lengths)}; close over arrays that are not samples."
+            )
+        if lengths and max(lengths) <= batch_start:
+            raise ValueError(
+                f"`batch_start` must leave some of the samples of the batch, got {batch_start} for {max(lengths)}."
+            )
+        return jax.tree.map(lambda x: x[samples] if jnp.ndim(x) else x, batch)
 
     def operator(params: Vector, vector: Vector, batch: Batch) -> Vector:
-        if batch_size is not None:
-            batch = jax.tree.map(lambda x: x[:batch_size] if jnp.ndim(x) else x, batch)
+        if samples != slice(0, None):
+            batch = cut(batch)
         if microbatch_size is None:
             return product(params, vector, batch)
         return _accumulate(product, params, vector, batch, microbatch_size)

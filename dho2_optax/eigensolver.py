@@ -134,15 +134,29 @@ def publish(
     return Spectrum(eigenvalues, vectors.combine(rotation, state.basis), residuals, mask)
 
 
-def warm_start(spectrum: Spectrum, noise: Vector) -> Vector:
+def with_rayleigh_quotients(spectrum: Spectrum, matvec: Callable[[Vector], Vector], axis_name: str | None) -> Spectrum:
+    r"""`spectrum` with eigenvalues :math:`\langle v_i, B v_i \rangle` of an operator of other samples, :math:`B`.
+
+    A Lanczos process on few samples turns the vectors towards what is steep for just these, so its Ritz values are too
+    large on average. A quotient with samples that the vectors have not seen is not. Masked pairs keep theirs.
+    """
+
+    def quotient(vector: Vector) -> jax.Array:
+        return vectors.dot(vector, matvec(vector), axis_name)
+
+    quotients = jax.lax.map(quotient, spectrum.eigenvectors).astype(spectrum.eigenvalues.dtype)
+    return spectrum._replace(eigenvalues=jnp.where(spectrum.mask, quotients, spectrum.eigenvalues))
+
+
+def warm_start(spectrum: Spectrum, noise: Vector, carry: Callable[[Vector], Vector] = lambda x: x) -> Vector:
     """A start vector mixed from all eigenvectors of an old spectrum and noise, or noise alone if there is none.
 
     The old vectors make the process converge at once where the operator has changed little; the noise lets it find
-    directions that they miss.
+    directions that they miss. `carry` takes a vector to another metric.
     """
     weights = spectrum.mask.astype(spectrum.eigenvalues.dtype)
     weights = weights / jnp.sqrt(jnp.maximum(jnp.sum(weights), 1))
-    old = vectors.combine(weights, spectrum.eigenvectors)
+    old = carry(vectors.combine(weights, spectrum.eigenvectors))
     return jax.tree.map(lambda o, x: o.astype(x.dtype) + _START_NOISE * x, old, noise)
 
 

@@ -18,7 +18,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     Returns:
       A dict of scalars: ``refreshes``, ``rejected_refreshes`` (and probes: those that were not finite), ``matvecs``
       (all so far), ``age`` (updates since the parameters that the eigenpairs belong to), ``active_pairs``,
-      ``base_scale``, ``eigenvalue_max``, ``eigenvalue_min`` (extremes of the active pairs), ``residual_max`` (largest
+      ``base_scale``, ``missed_curvature`` (the largest that the eigenpairs before these had left to the base when these
+      were found), ``eigenvalue_max``, ``eigenvalue_min`` (extremes of the active pairs), ``residual_max`` (largest
       of all pairs), and ``eigenvalue_<i>``, ``residual_<i>`` of every pair. For `mr_dho2` also ``skipped_probes`` (due,
       but ``update`` was given no product), ``probe_interval`` and ``cycle_probes`` (taken in the running cycle).
 
@@ -42,6 +43,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         "age": found.count - found.refreshed_at,
         "active_pairs": jnp.sum(pairs.mask),
         "base_scale": found.sigma,
+        "missed_curvature": found.missed,
         "eigenvalue_max": jnp.max(active),
         "eigenvalue_min": jnp.min(active),
         "residual_max": jnp.max(pairs.residuals),

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from dho2_optax import eigensolver, krylov
 from dho2_optax.eigensolver import Select, Spectrum
 from dho2_optax.krylov import LanczosState
+from dho2_optax.metric import Factors, Geometry
 from dho2_optax.state import DHO2State
-from dho2_optax.subspace import Damping, rotate_state
+from dho2_optax.subspace import Damping, missed_curvature, rotate_state
 from dho2_optax.vectors import Vector
 
 ArrayLike = jax.typing.ArrayLike
+Carry = Callable[[Vector], Vector]
 
 
 class Source(NamedTuple):
@@ -21,15 +23,19 @@ class Source(NamedTuple):
 
     params: Any  # whole on every device
     matvec_at: Callable[[Any], Callable[[Vector], Vector]] | None  # from parameters to products in segment form
+    rayleigh: Callable[[Vector], Vector] | None  # products with other samples, for the eigenvalues
     product: Callable[[], Vector] | None  # the caller's own with the vector to be probed, in segment form
     allowed: ArrayLike  # shape=(), dtype=bool
+    factors: Callable[[Any], Factors | None]  # from the state of the base, which a branch must take from its operand
+    geometry: Callable[[Factors | None], Geometry]
 
 
 class Refresh(NamedTuple):
     """A way of renewing the spectrum."""
 
-    init: Callable[[Any, Vector], Any]  # from parameters, and the same in segment form, to `DHO2State.probing`
-    advance: Callable[[DHO2State, Source], DHO2State]  # once per update, before it; `base_state` is left out
+    # From parameters, the same in segment form, and the factors of the metric, to `DHO2State.probing`.
+    init: Callable[[Any, Vector, Factors | None], Any]
+    advance: Callable[[DHO2State, Source], DHO2State]  # once per update, before it
 
 
 class Solver(NamedTuple):
@@ -44,21 +50,28 @@ class Solver(NamedTuple):
     damping: Damping | None  # to carry over the Newton step rather than the average gradient, see `rotate_state`
     basis_dtype: Any
     axis_name: str | None
-    start: Callable[[Spectrum, jax.Array, Vector, str | None], Vector]  # see `warm_start`
+    start: Callable[[Spectrum, jax.Array, Vector, str | None, Carry], Vector]  # see `warm_start`
 
     @property
     def num_pairs(self) -> int:
         """How many eigenpairs are wanted."""
         return self.rank + self.num_smallest
 
-    def first_vector(self, old: Spectrum, count: jax.Array, params: Any) -> tuple[Vector, jax.Array]:
+    def first_vector(self, old: Spectrum, count: jax.Array, params: Any, carry: Carry) -> tuple[Vector, jax.Array]:
         """The start of a Lanczos process at update `count`, and its seed."""
         seed = count.astype(jnp.uint32) * jnp.uint32(self.order + 1)
-        return self.start(old, seed, params, self.axis_name), seed
+        return self.start(old, seed, params, self.axis_name, carry), seed
 
-    def run(self, matvec: Callable[[Vector], Vector], old: Spectrum, count: jax.Array, params: Any) -> LanczosState:
-        """A whole Lanczos process that starts from an old spectrum, at update `count`."""
-        first, seed = self.first_vector(old, count, params)
+    def run(
+        self,
+        matvec: Callable[[Vector], Vector],
+        old: Spectrum,
+        count: jax.Array,
+        params: Any,
+        carry: Carry = lambda x: x,
+    ) -> LanczosState:
+        """A whole Lanczos process that starts from an old spectrum, taken over by `carry`, at update `count`."""
+        first, seed = self.first_vector(old, count, params, carry)
         return krylov.run(
             matvec,
             krylov.start(first, self.order, seed=seed, axis_name=self.axis_name, dtype=self.basis_dtype),
@@ -93,45 +106,87 @@ class Solver(NamedTuple):
         )
 
 
-def warm_start(old: Spectrum, seed: jax.Array, params: Vector, axis_name: str | None) -> Vector:
-    """The start of a Lanczos process: the old eigenvectors and noise, in segment form."""
-    return eigensolver.warm_start(old, krylov.random_vector(seed, params, axis_name))
+def warm_start(old: Spectrum, seed: jax.Array, params: Vector, axis_name: str | None, carry: Carry) -> Vector:
+    """The start of a Lanczos process: the old eigenvectors, in the metric of today, and noise; in segment form."""
+    return eigensolver.warm_start(old, krylov.random_vector(seed, params, axis_name), carry)
+
+
+def carrier(old: Geometry, new: Geometry) -> Carry:
+    """From the coordinates of one metric to those of another."""
+    return lambda x: new.inverse_half(old.half(x))
+
+
+def in_metric(matvec: Callable[[Vector], Vector], geometry: Geometry) -> Callable[[Vector], Vector]:
+    r"""The operator :math:`P^{1/2} H P^{1/2}`."""
+    return lambda vector: geometry.half(matvec(geometry.half(vector)))
+
+
+def is_sound(process: LanczosState, spectrum: Spectrum) -> jax.Array:
+    """Whether a process, and the spectrum it has found, have finite numbers only."""
+    numbers = (spectrum.eigenvalues, spectrum.residuals)
+    return jnp.all(jnp.isfinite(jnp.stack(numbers))) & krylov.is_finite(process)
 
 
 def install(
     state: DHO2State,
     new: Spectrum,
-    finite: jax.Array,
+    factors: Factors | None,
     *,
+    carry: Carry,
     found_at: jax.Array,
     damping: Damping | None,
     axis_name: str | None,
 ) -> DHO2State:
-    """Puts a spectrum in use and turns the subspace optimizer's state to it, unless a number is not finite.
+    """Puts a spectrum in use and turns the subspace optimizer's state to it.
 
     Args:
       state: the state of the optimizer.
       new: the spectrum.
-      finite: whether the process that found it saw finite numbers only.
+      factors: those of its metric.
+      carry: from the old metric to that one.
       found_at: the ``count`` that the spectrum belongs to.
       damping: see :func:`dho2_optax.subspace.rotate_state`.
       axis_name: the axis the segments are split over.
     """
-    rotated = rotate_state(state.subspace_state, state.spectrum, new, axis_name, damping)
-    numbers = (finite, new.eigenvalues, new.residuals, rotated)
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(numbers[1:])])) & finite
-    # Selected element by element, once everything that reads the old eigenvectors is done: then the compiler
-    # writes over them, where two branches would cost a copy of them at every update.
-    chosen, subspace_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (new, rotated), (state.spectrum, state.subspace_state)
-    )
-    installed = finite.astype(jnp.int32)
+    missed = missed_curvature(state.spectrum, new, axis_name).astype(state.missed.dtype)
+    # One sum over the devices must wait for the other: devices that meet in different ones never go on.
+    rotating = jax.tree.map(lambda x: jnp.where(missed >= 0, x, jnp.zeros_like(x)), state.subspace_state)
     return state._replace(
-        spectrum=chosen,
+        spectrum=new,
+        factors=factors,
+        subspace_state=rotate_state(rotating, state.spectrum, new, axis_name, damping, carry),
+        missed=missed,
+        refreshes=state.refreshes + 1,
+        refreshed_at=jnp.asarray(found_at, jnp.int32),
+    )
+
+
+def keep_if(sound: jax.Array, new: DHO2State, old: DHO2State) -> DHO2State:
+    """`new`, or `old` with one more rejected refresh.
+
+    Selected element by element, once everything that reads the old eigenvectors is done: then the compiler writes over
+    them, where two branches would cost a copy of them at every update. Their last reader is the subspace optimizer's
+    new state, so the choice is made to wait for that.
+    """
+    numbers = [x for x in jax.tree.leaves(new.subspace_state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    numbers.append(new.missed)
+    rotated = [jnp.all(jnp.isfinite(x)) for x in numbers]
+    sound = jnp.all(jnp.stack([sound, *rotated]))
+    chosen = jax.tree.map(
+        lambda x, y: jnp.where(sound, x, y),
+        (new.spectrum, new.factors, new.subspace_state, new.missed, new.refreshed_at),
+        (old.spectrum, old.factors, old.subspace_state, old.missed, old.refreshed_at),
+    )
+    spectrum, factors, subspace_state, missed, refreshed_at = chosen
+    kept = sound.astype(jnp.int32)
+    return new._replace(
+        spectrum=spectrum,
+        factors=factors,
         subspace_state=subspace_state,
-        refreshes=state.refreshes + installed,
-        rejected=state.rejected + 1 - installed,
-        refreshed_at=jnp.where(finite, found_at, state.refreshed_at),
+        missed=missed,
+        refreshed_at=refreshed_at,
+        refreshes=old.refreshes + kept,
+        rejected=old.rejected + 1 - kept,
     )
 
 
@@ -141,15 +196,26 @@ def synchronous(solver: Solver, refresh_interval: ArrayLike, warmup_steps: Array
     def refresh(state: DHO2State, source: Source) -> DHO2State:
         if source.matvec_at is None:
             raise ValueError("a refresh needs a curvature operator.")
-        process = solver.run(source.matvec_at(source.params), state.spectrum, state.count, source.params)
-        state = install(
+        factors = source.factors(state.base_state)
+        geometry = source.geometry(factors)
+        carry = carrier(source.geometry(state.factors), geometry)
+        matvec = in_metric(source.matvec_at(source.params), geometry)
+        process = solver.run(matvec, state.spectrum, state.count, source.params, carry)
+        spectrum = solver.publish(process)
+        if source.rayleigh is not None:
+            spectrum = eigensolver.with_rayleigh_quotients(
+                spectrum, in_metric(source.rayleigh, geometry), solver.axis_name
+            )
+        installed = install(
             state,
-            solver.publish(process),
-            krylov.is_finite(process),
+            spectrum,
+            factors,
+            carry=carry,
             found_at=state.count,
             damping=solver.damping,
             axis_name=solver.axis_name,
         )
+        state = keep_if(is_sound(process, spectrum), installed, state)
         return state._replace(matvecs=state.matvecs + process.count)
 
     def advance(state: DHO2State, source: Source) -> DHO2State:
@@ -159,9 +225,9 @@ def synchronous(solver: Solver, refresh_interval: ArrayLike, warmup_steps: Array
         due = (since_warmup >= 0) & (remainder == 0) & source.allowed
         return jax.lax.cond(due, lambda s: refresh(s, source), lambda s: s, state)
 
-    return Refresh(init=lambda params, like: None, advance=advance)
+    return Refresh(init=lambda params, like, factors: None, advance=advance)
 
 
 def external() -> Refresh:
     """None: somebody else installs spectra."""
-    return Refresh(init=lambda params, like: None, advance=lambda state, source: state)
+    return Refresh(init=lambda params, like, factors: None, advance=lambda state, source: state)

@@ -19,8 +19,9 @@ from dho2_optax import curvature as curvature_lib
 from dho2_optax import eigensolver, plan, segments
 from dho2_optax.curvature import LossFn, Operator
 from dho2_optax.eigensolver import Select, Spectrum
+from dho2_optax.metric import Factors, geometry, split
 from dho2_optax.parallel import batch_specs
-from dho2_optax.refresh import Solver, install, warm_start
+from dho2_optax.refresh import Solver, carrier, in_metric, install, is_sound, warm_start
 from dho2_optax.state import DHO2State, find_state, replace_state
 from dho2_optax.subspace import Damping
 
@@ -28,13 +29,17 @@ _AXIS = "curvature"
 _POLL_SECONDS = 0.1
 
 _Found = tuple[Spectrum, bool, int]  # in segments over the group; whether all numbers were finite; products made
+_Factors = tuple[Factors | None, Factors | None]  # of the optimizer, in its own form, and whole on the group
 
 
 class _Flight:
     """A Lanczos process that has been launched, in a thread of its own."""
 
-    def __init__(self, launched_at: int, compile_program: Callable[[], Any], arguments: Sequence[Any]) -> None:
+    def __init__(
+        self, launched_at: int, factors: _Factors, compile_program: Callable[[], Any], arguments: Sequence[Any]
+    ) -> None:
         self.launched_at = launched_at  # updates before
+        self.factors = factors
         self.begin: float | None = None  # on the clock, once the program is compiled
         self.end: float | None = None
         self.found: _Found | None = None
@@ -190,10 +195,13 @@ class CurvatureGroup:
         self._interval = interval
         self._deterministic = deterministic
         self._timeout = timeout
-        self._solve: Any = None  # compiled: (params, batch, old spectrum, count) -> see `_Found`
+        # Compiled: (params, batch, old spectrum, its factors, new ones, count) -> `_Found`; by structure of factors.
+        self._solve: dict[Any, Any] = {}
+        self._read: Any = None  # compiled: (state, params) -> see `_Factors`
         self._convert: Any = None  # compiled: eigenvectors in segments of the group -> in the optimizer's shapes
         self._deliver: Any = None  # compiled: (optimizer state, spectrum, count, matvecs) -> optimizer state
         self._spectrum: Spectrum | None = None  # the last good one
+        self._factors: Factors | None = None  # of its metric, whole
         self._flight: _Flight | None = None
         self._stalled: _Flight | None = None
         self._count: int | None = None  # of updates
@@ -230,13 +238,17 @@ class CurvatureGroup:
         }
 
     def memory(self, params: Any, batch: Any) -> plan.Memory:
-        """What the Lanczos program needs on each device of the group, for parameters and a batch like these."""
-        return plan.memory(self._compile(params, batch))
+        """What the Lanczos program needs on each device of the group, for parameters and a batch like these.
+
+        A metric adds its factors, old and new, as they are on every device.
+        """
+        return plan.memory(self._compile(params, batch, None))
 
     def warm_up(self, state: Any, params: Any, batch: Any) -> None:
         """Compiles everything ahead of its use, for arguments like those of :meth:`advance`; changes nothing."""
-        self._compile(params, batch)
-        self._install(state, self._empty(self._snapshot(params)), 0, 0)
+        factors = self._read_factors(state, params)
+        self._compile(params, batch, factors[1])
+        self._install(state, params, self._empty(self._snapshot(params)), factors[0], 0, 0)
 
     def advance(self, state: Any, params: Any, batch: Any) -> Any:
         """Installs the spectrum if one is there, and launches the next process; to be called after every update.
@@ -254,11 +266,11 @@ class CurvatureGroup:
             self._next_launch = self._count
         else:
             self._count += 1
-        state = self._collect(state)
+        state = self._collect(state, params)
         if self._stalled is not None and self._stalled.is_done():
             self._stalled = None
         if self._flight is None and self._stalled is None and self._count >= self._next_launch:
-            self._launch(params, batch)
+            self._launch(state, params, batch)
         return state
 
     def close(self) -> None:
@@ -268,7 +280,7 @@ class CurvatureGroup:
                 flight.wait(self._timeout)
         self._flight = self._stalled = None
 
-    def _collect(self, state: Any) -> Any:
+    def _collect(self, state: Any, params: Any) -> Any:
         """Installs the spectrum of the process in flight if it is due and there."""
         flight, count = self._flight, self._count or 0
         if flight is None or (self._deterministic and count < flight.launched_at + self._interval):
@@ -294,26 +306,45 @@ class CurvatureGroup:
         if not finite:
             self._events["rejected"] += 1
             return state
-        self._spectrum = spectrum
+        self._spectrum, self._factors = spectrum, flight.factors[1]
         self._events["installed"] += 1
         self._staleness = count - flight.launched_at
-        return self._install(state, spectrum, flight.launched_at, matvecs)
+        return self._install(state, params, spectrum, flight.factors[0], flight.launched_at, matvecs)
 
-    def _launch(self, params: Any, batch: Any) -> None:
+    def _launch(self, state: Any, params: Any, batch: Any) -> None:
         count = self._count or 0
         self._next_launch = count + self._interval
         try:
+            factors = self._read_factors(state, params)
             params, batch = self._snapshot(params), self._place(batch)
             if self._spectrum is None:
-                self._spectrum = self._empty(params)
+                self._spectrum, self._factors = self._empty(params), factors[1]
             number = jax.device_put(np.int32(count), NamedSharding(self._mesh, PartitionSpec()))
         except jax.errors.JaxRuntimeError as error:
             self._events["failures"] += 1
             self._last_error = str(error)
             return
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch))
-        self._flight = _Flight(count, lambda: self._compile(*abstract), (params, batch, self._spectrum, number))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch, factors[1]))
+        arguments = (params, batch, self._spectrum, self._factors, factors[1], number)
+        self._flight = _Flight(count, factors, lambda: self._compile(*abstract), arguments)
         self._events["launches"] += 1
+
+    def _read_factors(self, state: Any, params: Any) -> _Factors:
+        """The factors of the optimizer's metric as they are now."""
+        ours = find_state(state)
+        if ours.factors is None:
+            return None, None
+        if self._read is None:
+
+            def read(factors: Factors, base_state: Any, params: Any) -> tuple[Factors, Any]:
+                new = factors.renewed(base_state, params)
+                elementwise, axis_name = factors.metric.elementwise, factors.axis_name
+                return new, segments.whole(new.values, params, axis_name) if elementwise else new.values
+
+            shardings = jax.tree.map(lambda x: x.sharding, ours.factors)
+            self._read = jax.jit(read, out_shardings=(shardings, ours.spectrum.eigenvalues.sharding))
+        new, whole = self._read(ours.factors, ours.base_state, params)
+        return new, Factors(self._snapshot(whole), new.metric, _AXIS, segmented_base=False)
 
     def _snapshot(self, params: Any) -> Any:
         """A copy of the parameters on every device of the group; waits for nothing if they are replicated."""
@@ -350,22 +381,24 @@ class CurvatureGroup:
 
         return jax.jit(self._shard_map(empty, PartitionSpec(), self._spectrum_specs(params)))(params)
 
-    def _compile(self, params: Any, batch: Any) -> Any:
-        """The Lanczos process on the group, compiled once for parameters and a batch of one shape."""
-        if self._solve is not None:
-            return self._solve
+    def _compile(self, params: Any, batch: Any, factors: Factors | None) -> Any:
+        """The Lanczos process on the group, compiled once for parameters, batch and factors of one shape."""
+        kind = jax.tree.structure(factors)
+        if kind in self._solve:
+            return self._solve[kind]
         solver, operator = self._solver, self._operator
 
-        def solve(params: Any, batch: Any, old: Spectrum, count: jax.Array) -> tuple[Spectrum, jax.Array, jax.Array]:
-            matvec = curvature_lib.segmented_matvec(operator, params, batch, _AXIS)
-            process = solver.run(matvec, old, count, params)
+        def solve(
+            params: Any, batch: Any, old: Spectrum, old_factors: Any, factors: Any, count: jax.Array
+        ) -> tuple[Spectrum, jax.Array, jax.Array]:
+            before, now = (geometry(x and split(x), params) for x in (old_factors, factors))
+            matvec = in_metric(curvature_lib.segmented_matvec(operator, params, batch, _AXIS), now)
+            process = solver.run(matvec, old, count, params, carrier(before, now))
             new = solver.publish(process)
-            numbers = (process.projected, process.beta, new.eigenvalues, new.residuals)
-            finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in numbers]))
-            return new, finite, process.count
+            return new, is_sound(process, new), process.count
 
         whole, spectrum = PartitionSpec(), self._spectrum_specs(params)
-        in_specs = (whole, batch_specs(batch, self._mesh, _AXIS), spectrum, whole)
+        in_specs = (whole, batch_specs(batch, self._mesh, _AXIS), spectrum, whole, whole, whole)
         mapped = jax.jit(self._shard_map(solve, in_specs, (spectrum, whole, whole)))
 
         def abstract(tree: Any, specs: Any) -> Any:
@@ -377,17 +410,21 @@ class CurvatureGroup:
                 specs,
             )
 
-        everywhere = jax.tree.map(lambda _: whole, params)
+        everywhere, all_factors = (jax.tree.map(lambda _: whole, tree) for tree in (params, factors))
         old = jax.eval_shape(lambda p: self._empty(p), abstract(params, everywhere))
-        self._solve = mapped.lower(
+        self._solve[kind] = mapped.lower(
             abstract(params, everywhere),
             abstract(batch, in_specs[1]),
             abstract(old, spectrum),
+            abstract(factors, all_factors),
+            abstract(factors, all_factors),
             abstract(np.int32(0), whole),
         ).compile()
-        return self._solve
+        return self._solve[kind]
 
-    def _install(self, state: Any, found: Spectrum, launched_at: int, matvecs: int) -> Any:
+    def _install(
+        self, state: Any, params: Any, found: Spectrum, factors: Factors | None, launched_at: int, matvecs: int
+    ) -> Any:
         """`state` with a spectrum in use that was found by the group, moved to the devices of the state."""
         ours = find_state(state)
         base_state = ours.base_state
@@ -407,13 +444,15 @@ class CurvatureGroup:
         if self._deliver is None:
             damping = self._solver.damping
 
-            def deliver(state: DHO2State, new: Spectrum, found_at: jax.Array, matvecs: jax.Array) -> DHO2State:
-                finite = jnp.ones((), bool)
-                state = install(state, new, finite, found_at=found_at, damping=damping, axis_name=None)
+            def deliver(
+                state: DHO2State, new: Spectrum, factors: Any, like: Any, found_at: jax.Array, matvecs: jax.Array
+            ) -> DHO2State:
+                carry = carrier(geometry(state.factors, like), geometry(factors, like))
+                state = install(state, new, factors, carry=carry, found_at=found_at, damping=damping, axis_name=None)
                 return state._replace(matvecs=state.matvecs + matvecs)
 
             self._deliver = jax.jit(deliver, out_shardings=jax.tree.map(lambda x: x.sharding, ours))
-        ours = self._deliver(ours, moved, jnp.int32(launched_at), jnp.int32(matvecs))
+        ours = self._deliver(ours, moved, factors, params, jnp.int32(launched_at), jnp.int32(matvecs))
         return replace_state(state, ours._replace(base_state=base_state))
 
     def _relayout(self, found: Any, target: Any) -> Any:

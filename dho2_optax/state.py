@@ -13,9 +13,11 @@ class DHO2State(NamedTuple):
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # shape=(), dtype=int32: updates made
     spectrum: Spectrum  # the eigenpairs in use
+    factors: Any  # of the metric that they belong to, a copy; None without a metric
     subspace_state: optax.OptState  # of the optimizer of the k coordinates
     base_state: optax.OptState  # of the base; on segments where the base runs on them
     sigma: jax.Array  # shape=(): factor of the base's step at the last update
+    missed: jax.Array  # shape=(): see `subspace.missed_curvature`, of the last change of eigenpairs
     refreshes: jax.Array  # shape=(), dtype=int32: spectra installed
     rejected: jax.Array  # shape=(), dtype=int32: spectra and probes thrown away because a number was not finite
     matvecs: jax.Array  # shape=(), dtype=int32: curvature products made so far

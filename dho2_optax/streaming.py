@@ -20,7 +20,8 @@ from dho2_optax import curvature, krylov, segments, vectors
 from dho2_optax.curvature import LossFn
 from dho2_optax.krylov import LanczosState
 from dho2_optax.masking import fill, hide
-from dho2_optax.refresh import Refresh, Solver, Source, install
+from dho2_optax.metric import Factors, geometry
+from dho2_optax.refresh import Refresh, Solver, Source, carrier, in_metric, install, is_sound, keep_if
 from dho2_optax.state import DHO2State, find_state
 from dho2_optax.vectors import Vector
 
@@ -41,6 +42,7 @@ class Probing(NamedTuple):
     skipped: jax.Array  # shape=(), dtype=int32: probes that were due when `update` was given no product
     last: jax.Array  # shape=(k,): eigenvalues in use at the end of the last cycle, zero where masked out
     anchor: Any  # parameters at the first probe of the cycle; None where probes are taken at the current ones
+    factors: Factors | None  # of the metric, the same for all probes of the cycle; None without a metric
 
 
 def is_due(state: DHO2State) -> jax.Array:
@@ -66,20 +68,23 @@ def streaming(
     """One probe every `probe_interval` updates."""
     axis_name = solver.axis_name
 
-    def init(params: Any, like: Vector) -> Probing:
+    def init(params: Any, like: Vector, factors: Factors | None) -> Probing:
         first = krylov.random_vector(jnp.uint32(0), params, axis_name)
         return Probing(
             process=krylov.start(
                 first, solver.order, seed=jnp.uint32(0), axis_name=axis_name, dtype=solver.basis_dtype
             ),
             # Copies: a state that shares a buffer with a hyperparameter could not be donated.
-            due_at=jnp.array(warmup_steps, jnp.int32),
+            # With a metric not before the base's state says something, after its first update.
+            due_at=jnp.maximum(jnp.array(warmup_steps, jnp.int32), 0 if factors is None else 2),
             interval=jnp.array(probe_interval, jnp.int32),
             pending=jnp.zeros((), bool),
-            complete=jnp.zeros((), bool),
+            # With a metric the first cycle begins as all others do.
+            complete=jnp.asarray(factors is not None),
             skipped=jnp.zeros((), jnp.int32),
             last=jnp.zeros(solver.num_pairs, vectors.accumulation_dtype(like)),
             anchor=jax.tree.map(jnp.copy, params) if probe_at_anchor else None,
+            factors=jax.tree.map(jnp.copy, factors),
         )
 
     def assess(process: LanczosState, in_use: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -90,10 +95,11 @@ def streaming(
     def probe(state: DHO2State, source: Source) -> DHO2State:
         probing: Probing = state.probing
         old = probing.process
+        geometry = source.geometry(probing.factors)
         if source.product is not None:
-            product = source.product()
+            product = geometry.half(source.product())
         elif source.matvec_at is not None:
-            product = source.matvec_at(probe_params(probing, source.params))(old.vector)
+            product = in_metric(source.matvec_at(probe_params(probing, source.params)), geometry)(old.vector)
         else:
             return state._replace(
                 probing=probing._replace(skipped=probing.skipped + 1, due_at=state.count + probing.interval)
@@ -127,14 +133,17 @@ def streaming(
     def publish(state: DHO2State, source: Source) -> DHO2State:
         probing: Probing = state.probing
         process, complete = probing.process, probing.complete
-        state = install(
+        spectrum = solver.publish(process, partial=~complete)
+        installed = install(
             state,
-            solver.publish(process, partial=~complete),
-            krylov.is_finite(process),
+            spectrum,
+            probing.factors,
+            carry=carrier(source.geometry(state.factors), source.geometry(probing.factors)),
             found_at=state.count,
             damping=solver.damping,
             axis_name=axis_name,
         )
+        state = keep_if(is_sound(process, spectrum), installed, state)
         found = jnp.where(state.spectrum.mask, state.spectrum.eigenvalues, 0)
         interval = jnp.asarray(probe_interval, jnp.int32)
         if max_probe_interval is not None:
@@ -153,17 +162,23 @@ def streaming(
 
     def begin(state: DHO2State, source: Source) -> DHO2State:
         probing: Probing = state.probing
-        first, seed = solver.first_vector(state.spectrum, state.count, source.params)
+        factors = source.factors(state.base_state)
+        carry = carrier(source.geometry(state.factors), source.geometry(factors))
+        first, seed = solver.first_vector(state.spectrum, state.count, source.params, carry)
         process = krylov.restart(probing.process, first, seed=seed, axis_name=axis_name)
-        return state._replace(probing=probing._replace(process=process, complete=jnp.zeros_like(probing.complete)))
+        complete = jnp.zeros_like(probing.complete)
+        return state._replace(probing=probing._replace(process=process, complete=complete, factors=factors))
 
     def advance(state: DHO2State, source: Source) -> DHO2State:
         pending, complete = state.probing.pending, state.probing.complete
         due = is_due(state) & source.allowed
+        begins = complete & ~pending & (state.count + 1 >= state.probing.due_at) & source.allowed
         # Three conditionals, not a switch: the compiler then copies no big buffer on its way through.
         state = jax.lax.cond(due, lambda s: probe(s, source), lambda s: s, state)
-        state = jax.lax.cond(pending & source.allowed, lambda s: publish(s, source), lambda s: s, state)
-        return jax.lax.cond(complete & ~pending & source.allowed, lambda s: begin(s, source), lambda s: s, state)
+        # The publication last, though it comes first in a cycle: the eigenvectors then depend on all that the other two
+        # communicate, and no device can come to the sums of the update before another is done with those.
+        state = jax.lax.cond(begins, lambda s: begin(s, source), lambda s: s, state)
+        return jax.lax.cond(pending & source.allowed, lambda s: publish(s, source), lambda s: s, state)
 
     return Refresh(init=init, advance=advance)
 
@@ -240,13 +255,15 @@ def value_grad_and_hvp(
 
         def probe() -> tuple[Any, Any, Any]:
             segment = found.probing.process.vector
-            vector = segments.whole(segment, hide(params, segment), axis_name)
+            shown = hide(params, segment)
+            half = geometry(found.probing.factors, shown).half
+            vector = segments.whole(half(segment), shown, axis_name)
             vector = fill(vector, jax.tree.map(jnp.zeros_like, params))
             vector = vectors.vary(vectors.cast_like(vector, params), axis_name)
             if found.probing.anchor is None and batch_size is None:
                 (value, grads), (_, hvp) = jax.jvp(lambda p: value_and_grad(p, batch), (params,), (vector,))
                 return value, grads, hvp
-            at = fill(probe_params(found.probing, hide(params, segment)), params)
+            at = fill(probe_params(found.probing, shown), params)
             return *value_and_grad(params, batch), product(vectors.vary(at, axis_name), vector, batch)
 
         return jax.lax.cond(is_due(found) & allow_probe, probe, plain)

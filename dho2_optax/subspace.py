@@ -11,6 +11,13 @@ arXiv 2302.08484, algorithm 2; DHO2, arXiv 2505.00982, section 4.2, for the spli
     u &= \sigma d - V^\top (\sigma e + \alpha\, q / |\lambda|)
 
 Four passes over :math:`V`. Pairs that are masked out have zero rows in :math:`V`, so the base keeps their directions.
+
+With a metric (see :mod:`dho2_optax.metric`) :math:`V` are eigenvectors of :math:`P^{1/2} H P^{1/2}`, and gradient and
+update change coordinates on the way in and out:
+
+.. math::
+    c &= V P^{1/2} g, \qquad d = \text{base}(g - P^{-1/2} V^\top c), \qquad e = V P^{-1/2} d \\
+    u &= \sigma d - P^{1/2} V^\top (\sigma e + \alpha\, q / |\lambda|)
 """
 
 from collections.abc import Callable
@@ -22,6 +29,7 @@ import optax
 
 from dho2_optax import vectors
 from dho2_optax.eigensolver import Spectrum
+from dho2_optax.metric import EUCLIDEAN, Geometry, Momentum
 from dho2_optax.vectors import Vector
 
 ArrayLike = jax.typing.ArrayLike
@@ -42,13 +50,25 @@ def inverse_eigenvalues(spectrum: Spectrum, damping: Damping) -> jax.Array:
     return jnp.where(usable, 1 / jnp.where(usable, damped, 1), 0)
 
 
-def base_scale(spectrum: Spectrum, num_smallest: int, limit: ArrayLike) -> jax.Array:
-    r"""The factor :math:`\sigma = \text{clip}(|\lambda|_{\max} / |\lambda|_k, 1, \text{limit})` of the base's step.
+def base_scale(
+    spectrum: Spectrum, num_smallest: int, limit: ArrayLike, tolerable: ArrayLike = jnp.inf, missed: ArrayLike = 0
+) -> jax.Array:
+    r"""The factor of the base's step.
+
+    .. math::
+        \sigma = \text{clip}\left(\frac{\min(|\lambda|_{\max}, \lambda_\text{tolerable})}
+            {\max(|\lambda|_k, \lambda_\text{missed})}, 1, \text{limit}\right)
 
     Once the steep directions are taken out, the steepest that is left has a curvature of at most
     :math:`|\lambda|_k`, the smallest of the largest pairs, and the base may step further (FOSI, section 4.2). Where a
     pair is masked out, and so left to the base, the largest eigenvalue that it may stand for counts too, its Ritz value
     plus its residual.
+
+    FOSI's rule takes for granted that the base by itself tolerates :math:`|\lambda|_{\max}`. But the Newton step takes
+    care of the steepest direction, which may then grow steeper than that, and the rule would let the base outrun the
+    curvature that is left. `tolerable` is what the base does tolerate. And it takes for granted that eigenvectors stay
+    what they are until the next refresh, and that all of large eigenvalue have been found: `missed`, from
+    :func:`missed_curvature`, is what came of that the last time.
     """
     magnitude = jnp.abs(spectrum.eigenvalues[num_smallest:])
     residuals = spectrum.residuals[num_smallest:]
@@ -56,19 +76,56 @@ def base_scale(spectrum: Spectrum, num_smallest: int, limit: ArrayLike) -> jax.A
     largest = jnp.max(jnp.where(mask, magnitude, 0), initial=0)
     smallest = jnp.min(jnp.where(mask, magnitude, jnp.inf), initial=jnp.inf)
     left = jnp.maximum(smallest, jnp.max(jnp.where(mask, 0, magnitude + residuals), initial=0))
-    ratio = jnp.where(jnp.any(mask), largest / left, 1)
+    left = jnp.maximum(left, missed)
+    ratio = jnp.where(jnp.any(mask), jnp.minimum(largest, tolerable) / left, 1)
     return jnp.clip(ratio, 1, jnp.maximum(limit, 1)).astype(magnitude.dtype)
 
 
+def missed_curvature(old: Spectrum, new: Spectrum, axis_name: str | None) -> jax.Array:
+    r"""The largest curvature that the base was left with when a new spectrum took the place of an old one.
+
+    Of the operator as the new spectrum knows it, :math:`A = \sum_i |\lambda_i| v_i v_i^\top`, the largest eigenvalue
+    outside the span of the old eigenvectors, :math:`\| \Pi A \Pi \|` with :math:`\Pi = I - V_\text{old}^\top
+    V_\text{old}`. It is large where eigenvectors turn faster than they are renewed, and where an eigenvalue is
+    multiple: of its eigenvectors a Lanczos process finds some, and another time others. All of
+    :math:`|\lambda|_{\max}` if there was no old spectrum. Both are taken to be in the same coordinates, though a metric
+    may have changed between them.
+    """
+    overlap = vectors.gram(old.eigenvectors, new.eigenvectors, axis_name)
+    root = jnp.sqrt(jnp.where(new.mask, jnp.abs(new.eigenvalues), 0))
+    inside = jnp.matmul(overlap.T, overlap, precision=jax.lax.Precision.HIGHEST)
+    outside = root[:, None] * (jnp.eye(root.size, dtype=root.dtype) - inside) * root
+    return jnp.maximum(jnp.linalg.eigvalsh(outside)[-1], 0)
+
+
+def tolerable_curvature(square_update: jax.Array, square_momentum: jax.Array, limit: ArrayLike) -> jax.Array:
+    r"""The largest curvature at which a base is stable, :math:`\text{limit} / \eta`.
+
+    Its learning rate is what it makes of its momentum, :math:`\eta = \|P^{-1/2} d\| / \|P^{1/2} m\|`, whatever
+    schedules and bias corrections are in it. See :class:`dho2_optax.metric.Momentum`.
+    """
+    known = (square_update > 0) & (square_momentum > 0) & jnp.isfinite(square_update) & jnp.isfinite(square_momentum)
+    ratio = jnp.where(known, square_momentum, 1) / jnp.where(known, square_update, 1)
+    return jnp.where(known, limit * jnp.sqrt(ratio), jnp.inf)
+
+
 def rotate_state(
-    state: Any, old: Spectrum, new: Spectrum, axis_name: str | None, damping: Damping | None = None
+    state: Any,
+    old: Spectrum,
+    new: Spectrum,
+    axis_name: str | None,
+    damping: Damping | None = None,
+    carry: Callable[[Vector], Vector] = lambda x: x,
 ) -> Any:
     r"""Carries the subspace optimizer's state to the coordinates of a new spectrum.
 
     :math:`q \leftarrow R q` with :math:`R = V_\text{new} V_\text{old}^\top`, or with `damping`
     :math:`q \leftarrow |\lambda_\text{new}| R |\lambda_\text{old}|^{-1} q`: then it is the Newton step
     :math:`q / |\lambda|` that is carried over, and a momentum of old, larger gradients is not divided by a new, smaller
-    eigenvalue. Applies to every floating-point leaf of length ``k``; counters and the like stay.
+    eigenvalue. Applies to every floating-point leaf of length ``k``; counters and the like stay, and a number that is
+    not finite counts as zero.
+
+    With `carry`, a change of metric, :math:`R = V_\text{new}\, \text{carry}\, V_\text{old}^\top`.
     """
     num_pairs = new.eigenvalues.shape[0]
     before = after = 1.0
@@ -81,10 +138,20 @@ def rotate_state(
         if leaf.shape != (num_pairs,) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
         # By way of the whole space: two passes over the eigenvectors, where R itself would take k of them.
-        direction = vectors.combine(before * leaf.astype(old.eigenvalues.dtype), old.eigenvectors)
-        return (after * vectors.dots(new.eigenvectors, direction, axis_name)).astype(leaf.dtype)
+        direction = carry(vectors.combine(before * leaf.astype(old.eigenvalues.dtype), old.eigenvectors))
+        rotated = after * vectors.dots(new.eigenvectors, direction, axis_name)
+        return jnp.where(jnp.isfinite(rotated), rotated, 0).astype(leaf.dtype)
 
     return jax.tree.map(rotate, state)
+
+
+class HybridStep(NamedTuple):
+    """What :func:`hybrid_step` returns."""
+
+    update: Vector  # in segment form where the axis is given
+    subspace_state: Any
+    base_state: Any
+    sigma: jax.Array  # shape=(): the factor of the base's step
 
 
 def hybrid_step(
@@ -95,10 +162,12 @@ def hybrid_step(
     base_step: Callable[[Vector], tuple[Vector, Any]],
     *,
     alpha: ArrayLike,
-    sigma: jax.Array,
+    scale: Callable[[jax.Array], jax.Array],
     damping: Damping,
     axis_name: str | None,
-) -> tuple[Vector, Any, Any]:
+    geometry: Geometry = EUCLIDEAN,
+    momentum_of: Callable[[Any], Momentum | None] = lambda base_state: None,
+) -> HybridStep:
     """One update by the rule above.
 
     A gradient that is not finite stays out of the subspace, so that it can spoil no more than it would with the base
@@ -111,29 +180,42 @@ def hybrid_step(
       subspace_state: its state.
       base_step: from the gradient in the complement to the base's update and its new state.
       alpha: step size in the subspace; 1 is a full Newton step.
-      sigma: factor of the base's step, from :func:`base_scale`.
+      scale: from the curvature that the base tolerates, infinite where that is not known, to the factor of its step.
       damping: damping of the eigenvalues.
       axis_name: the axis the segments are split over.
-
-    Returns:
-      The update, the subspace optimizer's state, the base's state.
+      geometry: the metric that the eigenpairs belong to.
+      momentum_of: reads the base's momentum from its state, in segment form.
     """
     eigenvectors = spectrum.eigenvectors
-    coordinates = vectors.dots(eigenvectors, gradient, axis_name)
+    coordinates = vectors.dots(eigenvectors, geometry.half(gradient), axis_name)
     finite = jnp.all(jnp.isfinite(coordinates))
     coordinates = jnp.where(finite, coordinates, 0)
     newton, new_state = subspace.update(coordinates, subspace_state)
     newton = jnp.where(finite, jnp.asarray(newton), 0) * inverse_eigenvalues(spectrum, damping)
     subspace_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, subspace_state)
 
-    complement = vectors.subtract(gradient, vectors.combine(coordinates, eigenvectors))
+    steep = geometry.inverse_half(vectors.combine(coordinates, eigenvectors))
+    complement = vectors.subtract(gradient, steep)
     base_update, base_state = base_step(complement)
 
-    inside = vectors.dots(eigenvectors, base_update, axis_name)
+    flat_update = geometry.inverse_half(base_update)
+    momentum = momentum_of(base_state)
+    inside = vectors.dots(eigenvectors, flat_update)
+    if momentum is None:
+        squares = jnp.zeros(0, inside.dtype)
+    else:
+        flat_momentum = geometry.half(momentum.vector)
+        squares = jnp.stack([vectors.dot(x, x).astype(inside.dtype) for x in (flat_update, flat_momentum)])
+    sums = jnp.concatenate([inside, squares])
+    sums = sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    inside, squares = sums[: inside.size], sums[inside.size :]
     inside = jnp.where(jnp.isfinite(inside), inside, 0)
-    correction = vectors.combine(sigma * inside + alpha * newton, eigenvectors)
+    sigma = scale(
+        jnp.asarray(jnp.inf) if momentum is None else tolerable_curvature(squares[0], squares[1], momentum.limit)
+    )
+    correction = geometry.half(vectors.combine(sigma * inside + alpha * newton, eigenvectors))
 
     def assemble(d: jax.Array, v: jax.Array) -> jax.Array:
         return (sigma.astype(v.dtype) * d.astype(v.dtype) - v).astype(d.dtype)
 
-    return jax.tree.map(assemble, base_update, correction), subspace_state, base_state
+    return HybridStep(jax.tree.map(assemble, base_update, correction), subspace_state, base_state, sigma)

@@ -1,7 +1,8 @@
 """The optimizers: `dho2`, `mr_dho2`, their published ancestor `fosi`, and `MultiSteps` for gradient accumulation."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ from jax.sharding import Mesh
 
 from dho2_optax import curvature as curvature_lib
 from dho2_optax import eigensolver, krylov, parallel, segments, vectors
+from dho2_optax import metric as metric_lib
 from dho2_optax import refresh as refresh_lib
 from dho2_optax.curvature import LossFn, Operator
 from dho2_optax.eigensolver import STATIC_HINT, Select, Spectrum
 from dho2_optax.masking import any_hidden, fill, hide, is_hidden
+from dho2_optax.metric import Factors, Metric, Momentum
 from dho2_optax.refresh import Refresh, Solver, Source
 from dho2_optax.state import DHO2State
 from dho2_optax.streaming import streaming
@@ -38,10 +41,14 @@ def dho2(
     max_residual: ArrayLike = 0.1,
     select: Select = "magnitude",
     base_scale_limit: ArrayLike = 3.0,
+    base_scale_growth: ArrayLike = 1.01,
+    sharpness_limit: ArrayLike = 1.0,
     floor: ArrayLike = 1e-3,
     damping: ArrayLike = 0.0,
     has_aux: bool = False,
     curvature: Operator | None = None,
+    rayleigh: Operator | None = None,
+    metric: Literal["auto", "base"] | Metric | None = "auto",
     basis_dtype: Any = None,
     axis_name: str | None = None,
     mesh: Mesh | None = None,
@@ -58,8 +65,10 @@ def dho2(
         u = \sigma\, d - V^\top (\sigma V d + \alpha\, q / |\lambda|), \qquad
         d = \text{base}(g - V^\top V g), \quad q = \text{subspace}(V g),
 
-    with the base scaled by :math:`\sigma = \text{clip}(|\lambda|_{\max}/|\lambda|_k, 1, \text{base\_scale\_limit})`.
-    Until the first refresh the update is `base`'s.
+    with the base scaled by :math:`\sigma = \text{clip}(|\lambda|_{\max}/\lambda_\text{left}, 1,
+    \text{base\_scale\_limit})`, where :math:`\lambda_\text{left}` is what is left of the curvature outside: the larger
+    of :math:`|\lambda|_k` and of what a refresh finds that the eigenvectors before it have missed. So the base steps
+    further from the second refresh on. Until the first the update is `base`'s.
 
     ``update`` takes, besides gradients, state and parameters:
 
@@ -83,18 +92,36 @@ def dho2(
         so that the Newton step it stands for stays the same. Default: ``optax.ema(0.9, debias=False)``.
       refresh_interval: updates between refreshes. None: no refresh but those a :class:`CurvatureGroup` installs.
       warmup_steps: update ``t`` (from 0) is preceded by a refresh if ``t + 1 >= warmup_steps`` and ``t + 1 -
-        warmup_steps`` is a multiple of `refresh_interval`. Default: `refresh_interval`.
+        warmup_steps`` is a multiple of `refresh_interval`. Default: `refresh_interval`. Short runs gain from a first
+        refresh as soon as the learning rate has risen to its peak.
       order: the largest number of curvature products in a refresh. Default: twice the number of eigenpairs.
       tolerance: a refresh ends early once all residuals :math:`\|Hv - \lambda v\|` are below this part of
         :math:`|\lambda|_{\max}`.
       max_residual: pairs with a larger residual, in the same unit, are left to the base.
       select: ``"magnitude"``, or ``"algebraic"`` for the largest eigenvalues by sign.
       base_scale_limit: largest factor of the base's step; 1 leaves it alone.
+      base_scale_growth: the factor grows by no more than this, itself a factor, from update to update; it shrinks at
+        once. Most runs that a large factor spoils are spoilt by its first jump.
+      sharpness_limit: how much of the curvature that is left the scaled base may face, in units of what it tolerates
+        before it oscillates, with a decay of 0.9 :math:`38 / \text{learning rate}` for Adam and
+        :math:`3.8 / \text{learning rate}` for heavy ball. The learning rate is found from the base's update and
+        momentum; of a base whose momentum is not known it is assumed that it tolerates :math:`|\lambda|_{\max}`.
+        Infinity: FOSI's rule, which assumes that always, and that eigenvectors miss nothing.
       floor: eigenvalues count as at least this part of the largest.
       damping: added to the magnitude of the eigenvalues, in their unit.
       has_aux: whether `loss_fn` returns a pair.
       curvature: an operator ``(params, vector, batch) -> vector`` in place of `loss_fn`'s Hessian, from
         :func:`dho2_optax.gauss_newton` or from :func:`dho2_optax.hessian` with options.
+      rayleigh: a second operator, applied to the same batch, with whose products the eigenvalues are taken once the
+        eigenvectors are there; ``rank`` more products. The eigenvalues of a small batch are too large on average; those
+        of ``rayleigh=dho2_optax.hessian(loss_fn, batch_size=256, batch_start=256)`` besides
+        ``curvature=dho2_optax.hessian(loss_fn, batch_size=256)``, with samples of its own, are not.
+      metric: ``"base"`` measures curvature in the geometry in which the base steps: with :math:`P` its preconditioner,
+        :math:`1 / (\sqrt{\nu} + \epsilon)` for Adam, but within a leaf at most 1000 times its smallest number,
+        eigenpairs are those of :math:`P^{1/2} H P^{1/2}`, and one copy of :math:`P` is kept with them. Known are Adam,
+        AdamW, NAdam, AMSGrad, AdaBelief, RMSprop, Adagrad, :func:`dho2_optax.soap` and :func:`dho2_optax.shampoo`, in
+        chains and with masks. A :class:`dho2_optax.Metric` serves other bases. None: those of :math:`H`. ``"auto"``:
+        the base's if it is known, else None.
       basis_dtype: dtype of eigenvectors and Krylov basis. Default: that of the parameters, at least float32.
       axis_name: the data-parallel mesh axis over which eigenvectors, Krylov basis and the base's state are split.
       mesh: makes `dho2` run on global arrays under ``jit``; without it, `axis_name` must be bound by the ``shard_map``
@@ -155,10 +182,14 @@ def dho2(
         max_residual=max_residual,
         select=select,
         base_scale_limit=base_scale_limit,
+        base_scale_growth=base_scale_growth,
+        sharpness_limit=sharpness_limit,
         floor=floor,
         damping=damping,
         has_aux=has_aux,
         curvature=curvature,
+        rayleigh=rayleigh,
+        metric=metric,
         basis_dtype=basis_dtype,
         axis_name=axis_name,
         mesh=mesh,
@@ -185,10 +216,13 @@ def mr_dho2(
     max_residual: ArrayLike = 0.3,
     select: Select = "magnitude",
     base_scale_limit: ArrayLike = 3.0,
+    base_scale_growth: ArrayLike = 1.01,
+    sharpness_limit: ArrayLike = 1.0,
     floor: ArrayLike = 1e-3,
     damping: ArrayLike = 0.0,
     has_aux: bool = False,
     curvature: Operator | None = None,
+    metric: Literal["auto", "base"] | Metric | None = "auto",
     basis_dtype: Any = None,
     axis_name: str | None = None,
     mesh: Mesh | None = None,
@@ -227,10 +261,13 @@ def mr_dho2(
         a residual of about a tenth, and left to `base` it would do more harm than used.
       select: as in :func:`dho2`.
       base_scale_limit: as in :func:`dho2`.
+      base_scale_growth: as in :func:`dho2`.
+      sharpness_limit: as in :func:`dho2`.
       floor: as in :func:`dho2`.
       damping: as in :func:`dho2`.
       has_aux: as in :func:`dho2`.
       curvature: as in :func:`dho2`.
+      metric: as in :func:`dho2`; the preconditioner is read once a cycle.
       basis_dtype: as in :func:`dho2`.
       axis_name: as in :func:`dho2`. The Krylov basis, ``order`` vectors, lives in the state, split as the rest.
       mesh: as in :func:`dho2`.
@@ -286,10 +323,13 @@ def mr_dho2(
         max_residual=max_residual,
         select=select,
         base_scale_limit=base_scale_limit,
+        base_scale_growth=base_scale_growth,
+        sharpness_limit=sharpness_limit,
         floor=floor,
         damping=damping,
         has_aux=has_aux,
         curvature=curvature,
+        metric=metric,
         basis_dtype=basis_dtype,
         axis_name=axis_name,
         mesh=mesh,
@@ -358,8 +398,8 @@ def fosi(
         non_negative={"alpha": alpha, "base_scale_limit": base_scale_limit},
     )
 
-    def start_at(old: Spectrum, seed: jax.Array, params: Vector, axis_name: str | None) -> Vector:
-        del old, seed
+    def start_at(old: Spectrum, seed: jax.Array, params: Vector, axis_name: str | None, carry: Any) -> Vector:
+        del old, seed, carry
         random = krylov.random_vector(jnp.uint32(0), params, axis_name)
         return random if start is None else vectors.cast_like(start, random)
 
@@ -382,9 +422,12 @@ def fosi(
         loss_fn=loss_fn,
         has_aux=has_aux,
         curvature=None,
+        metric=None,
         alpha=alpha,
         subspace_tx=subspace,
         scale_limit=base_scale_limit,
+        scale_growth=jnp.inf,
+        sharpness_limit=jnp.inf,
         damping=Damping(0.0, 0.0),
         average_gradients=False,
         base_on_segments=True,
@@ -472,24 +515,28 @@ def _distributed(
     max_residual: ArrayLike,
     select: Select,
     base_scale_limit: ArrayLike,
+    base_scale_growth: ArrayLike,
+    sharpness_limit: ArrayLike,
     floor: ArrayLike,
     damping: ArrayLike,
     has_aux: bool,
     curvature: Operator | None,
+    metric: Literal["auto", "base"] | Metric | None,
     basis_dtype: Any,
     axis_name: str | None,
     mesh: Mesh | None,
     average_gradients: bool,
     base_on_segments: bool,
     needs_curvature: bool,
+    rayleigh: Operator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """What `dho2` and `mr_dho2` share: checks, the solver, and the mesh."""
     eigensolver.check_selection(rank, num_smallest, order, select)
     subspace = optax.ema(0.9, debias=False) if subspace is None else subspace
     _check_transformations(base=base, subspace=subspace)
-    _check_functions(loss_fn=loss_fn, curvature=curvature)
+    _check_functions(loss_fn=loss_fn, curvature=curvature, rayleigh=rayleigh)
     _check_numbers(
-        positive={},
+        positive={"sharpness_limit": sharpness_limit},
         non_negative={
             "alpha": alpha,
             "tolerance": tolerance,
@@ -499,6 +546,10 @@ def _distributed(
             "base_scale_limit": base_scale_limit,
         },
     )
+    if isinstance(base_scale_growth, int | float) and not base_scale_growth >= 1:
+        raise ValueError(f"`base_scale_growth` must be at least 1, got {base_scale_growth!r}.")
+    if rayleigh is not None and loss_fn is None and curvature is None:
+        raise ValueError("`rayleigh` needs `loss_fn` or `curvature`.")
     if mesh is not None and not isinstance(mesh, Mesh):
         raise ValueError(f"`mesh` must be a jax.sharding.Mesh, got {mesh!r}. {STATIC_HINT}")
     if mesh is not None and axis_name is None:
@@ -511,6 +562,8 @@ def _distributed(
         raise ValueError(f"`axis_name` must be the name of one mesh axis, got {axis_name!r}.")
     if loss_fn is not None and curvature is not None:
         raise ValueError("give `loss_fn` or `curvature`, not both.")
+    if not (metric is None or metric in ("auto", "base") or isinstance(metric, Metric)):
+        raise ValueError(f"`metric` must be None, 'auto', 'base' or a dho2_optax.Metric, got {metric!r}. {STATIC_HINT}")
 
     pairs = rank + num_smallest
     solver = Solver(
@@ -532,13 +585,17 @@ def _distributed(
         loss_fn=loss_fn,
         has_aux=has_aux,
         curvature=curvature,
+        metric=metric,
         alpha=alpha,
         subspace_tx=subspace,
         scale_limit=base_scale_limit,
+        scale_growth=base_scale_growth,
+        sharpness_limit=sharpness_limit,
         damping=Damping(floor, damping),
         average_gradients=average_gradients,
         base_on_segments=base_on_segments,
         needs_curvature=needs_curvature,
+        rayleigh=rayleigh,
     )
     return tx if mesh is None or axis_name is None else parallel.over_mesh(tx, mesh, axis_name)
 
@@ -551,13 +608,17 @@ def _hybrid(
     loss_fn: LossFn | None,
     has_aux: bool,
     curvature: Operator | None,
+    metric: Literal["auto", "base"] | Metric | None,
     alpha: ArrayLike | optax.Schedule,
     subspace_tx: optax.GradientTransformation,
     scale_limit: ArrayLike,
+    scale_growth: ArrayLike,
+    sharpness_limit: ArrayLike,
     damping: Damping,
     average_gradients: bool,
     base_on_segments: bool,
     needs_curvature: bool,
+    rayleigh: Operator | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation behind all optimizers, for one device of the solver's axis.
 
@@ -572,18 +633,43 @@ def _hybrid(
         like = segments.split(params, axis_name)
         pairs = eigensolver.zero_spectrum(solver.num_pairs, like, solver.basis_dtype)
         zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
+        base_state = base.init(like if segmented_base else params)
+        # Copies: they may be arrays of the base's state, and a state with shared buffers could not be donated.
+        factors = jax.tree.map(jnp.copy, factors_of(base_state, params))
         return DHO2State(
             count=zero(),
             spectrum=pairs,
+            factors=factors,
             subspace_state=subspace_tx.init(pairs.eigenvalues),
-            base_state=base.init(like if segmented_base else params),
+            base_state=base_state,
             sigma=jnp.ones_like(pairs.eigenvalues, shape=()),
+            missed=jnp.zeros_like(pairs.eigenvalues, shape=()),
             refreshes=zero(),
             rejected=zero(),
             matvecs=zero(),
             refreshed_at=zero(),
-            probing=refresh.init(params, like),
+            probing=refresh.init(params, like, factors),
         )
+
+    def factors_of(base_state: Any, params: Any) -> Factors | None:
+        like = segments.split(params, axis_name) if segmented_base else params
+        if metric is None or (metric == "auto" and not metric_lib.is_readable(base_state, like)):
+            return None
+        chosen = metric if isinstance(metric, Metric) else metric_lib.of_base(base_state)
+        return metric_lib.snapshot(chosen, base_state, params, axis_name, segmented_base=segmented_base)
+
+    def momentum_of(params: Any) -> Callable[[Any], Momentum | None]:
+        """Reads the base's momentum, in segment form, from its state; nothing where it bounds nothing."""
+        if isinstance(sharpness_limit, float) and math.isinf(sharpness_limit):
+            return lambda base_state: None
+
+        def read(base_state: Any) -> Momentum | None:
+            found = metric_lib.momentum(base_state, segments.split(params, axis_name) if segmented_base else params)
+            if found is None or segmented_base:
+                return found
+            return found._replace(vector=segments.split(found.vector, axis_name))
+
+        return read
 
     def operator_for(params: Any, batch: Any, value_fn: Any, full_params: Any) -> tuple[Operator, Any] | None:
         """The curvature operator of this update and what it takes for a batch, if it can be had."""
@@ -599,7 +685,8 @@ def _hybrid(
             return visible
 
         if curvature is not None:
-            if any_hidden(merged(params)) or any_hidden(params):
+            merged(params)  # hidden parameters that are missing are asked for first
+            if any_hidden(params):
                 raise ValueError("`curvature` operators do not see parameters hidden by optax.masked.")
             return None if batch is None and not needs_curvature else (curvature, batch)
         if loss_fn is not None:
@@ -617,16 +704,28 @@ def _hybrid(
 
     def source(params: Any, hvp: Any, found: tuple[Operator, Any] | None, allowed: ArrayLike) -> Source:
         """What this update may learn curvature from; a product that is given comes before one that we would make."""
+        nothing = Source(
+            params=params,
+            matvec_at=None,
+            rayleigh=None,
+            product=None,
+            allowed=allowed,
+            factors=lambda base_state: factors_of(base_state, params),
+            geometry=lambda factors: metric_lib.geometry(factors, params),
+        )
         if hvp is not None:
             given, wanted = (jax.tree.structure(tree, is_leaf=is_hidden) for tree in (hvp, params))
             if given != wanted:
                 raise ValueError(f"`hvp` must be a pytree like `params`, got {given} for {wanted}.")
-            return Source(params, None, lambda: averaged(hide(hvp, params)), allowed)
+            return nothing._replace(product=lambda: averaged(hide(hvp, params)))
         if found is None:
-            return Source(params, None, None, allowed)
+            return nothing
         operator, operand = found
         matvec_at = lambda at: curvature_lib.segmented_matvec(operator, at, operand, axis_name)  # noqa: E731
-        return Source(params, matvec_at, None, allowed)
+        quotients = None
+        if rayleigh is not None:
+            quotients = curvature_lib.segmented_matvec(rayleigh, params, operand, axis_name)
+        return nothing._replace(matvec_at=matvec_at, rayleigh=quotients)
 
     def averaged(gradient: Any) -> Vector:
         """This device's segment of a gradient, or of a product that came with it."""
@@ -672,27 +771,42 @@ def _hybrid(
         # The big buffers are refreshed before anything reads them: with donation nothing is copied.
         state = refresh.advance(state, source(params, hvp, found, allow_refresh))
 
+        if average_gradients:
+            # Two sums over the devices must not be independent: devices that meet in different ones never go on.
+            updates = jax.tree.map(lambda g: jnp.where(state.refreshes >= 0, g, 0), updates)
         gradient = averaged(updates)
         if value_fn is not None:
             extra["value_fn"] = value_fn
-        sigma = base_scale(state.spectrum, solver.num_smallest, scale_limit)
-        steps, subspace_state, base_state = hybrid_step(
+
+        def scale(tolerable: jax.Array) -> jax.Array:
+            target = base_scale(
+                state.spectrum,
+                solver.num_smallest,
+                scale_limit,
+                sharpness_limit * tolerable,
+                jnp.where(jnp.isinf(sharpness_limit), 0, state.missed),
+            )
+            return jnp.minimum(target, state.sigma * scale_growth).astype(state.sigma.dtype)
+
+        step = hybrid_step(
             gradient,
             state.spectrum,
             subspace_tx,
             state.subspace_state,
             base_step(params, state, extra),
             alpha=alpha(state.count) if callable(alpha) else alpha,
-            sigma=sigma,
+            scale=scale,
             damping=damping,
             axis_name=axis_name,
+            geometry=metric_lib.geometry(state.factors, params),
+            momentum_of=momentum_of(params),
         )
         state = state._replace(
             count=optax.safe_increment(state.count),
-            subspace_state=subspace_state,
-            base_state=base_state,
-            sigma=sigma,
+            subspace_state=step.subspace_state,
+            base_state=step.base_state,
+            sigma=step.sigma,
         )
-        return segments.gather(steps, updates, axis_name), state
+        return segments.gather(step.update, updates, axis_name), state
 
     return optax.GradientTransformationExtraArgs(init, update)

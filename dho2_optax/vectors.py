@@ -62,29 +62,39 @@ def is_explicitly_sharded(x: jax.Array) -> bool:
     return any(axis is not None for axis in jax.typeof(x).sharding.spec)
 
 
-def _dots_leaf(stack: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
-    """``(m,)`` inner products of the rows of one leaf with `x`, in full precision."""
-    axes = tuple(range(x.ndim))
-    dimension_numbers = ((tuple(a + 1 for a in axes), axes), ((), ()))
+def _contract(stack: jax.Array, other: jax.Array, num_rows: int, dtype: Any) -> jax.Array:
+    """Inner products of the rows of one leaf with another leaf, of which the first `num_rows` axes count rows too."""
+    axes = tuple(range(1, stack.ndim))
+    dimension_numbers = ((axes, tuple(a - 1 + num_rows for a in axes)), ((), ()))
     # Explicitly sharded leaves have to be told where the sum over shards goes: to every device.
-    sharded = is_explicitly_sharded(stack) or is_explicitly_sharded(x)
-    everywhere = NamedSharding(jax.typeof(stack).sharding.mesh, PartitionSpec(None)) if sharded else None
+    sharded = is_explicitly_sharded(stack) or is_explicitly_sharded(other)
+    everywhere = PartitionSpec(*[None] * (1 + num_rows))
     return lax.dot_general(
         stack.astype(dtype),
-        x.astype(dtype),
+        other.astype(dtype),
         dimension_numbers,
         precision=lax.Precision.HIGHEST,
         preferred_element_type=dtype,
-        out_sharding=everywhere,
+        out_sharding=NamedSharding(jax.typeof(stack).sharding.mesh, everywhere) if sharded else None,
     )
+
+
+def _inner(stack: Stack, other: Any, num_rows: int, axis_name: str | None) -> jax.Array:
+    dtype = accumulation_dtype(stack)
+    pairs = zip(jax.tree.leaves(stack), jax.tree.leaves(other), strict=True)
+    parts = [_contract(s, x, num_rows, dtype) for s, x in pairs]
+    total = sum(parts[1:], start=parts[0])
+    return total if axis_name is None else lax.psum(total, axis_name)
 
 
 def dots(stack: Stack, vector: Vector, axis_name: str | None = None) -> jax.Array:
     r"""``(m,)`` inner products :math:`\langle s_i, x \rangle`; one pass over the stack."""
-    dtype = accumulation_dtype(stack)
-    parts = [_dots_leaf(s, x, dtype) for s, x in zip(jax.tree.leaves(stack), jax.tree.leaves(vector), strict=True)]
-    total = sum(parts[1:], start=parts[0])
-    return total if axis_name is None else lax.psum(total, axis_name)
+    return _inner(stack, vector, 0, axis_name)
+
+
+def gram(stack: Stack, other: Stack, axis_name: str | None = None) -> jax.Array:
+    r"""``(m, n)`` inner products :math:`\langle s_i, t_j \rangle` of the rows of two stacks."""
+    return _inner(stack, other, 1, axis_name)
 
 
 def dot(x: Vector, y: Vector, axis_name: str | None = None) -> jax.Array:

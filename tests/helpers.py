@@ -110,3 +110,8 @@ def count_instructions(hlo: str, *opcodes: str) -> int:
     """How many instructions of a compiled program have one of these opcodes."""
     names = "|".join(re.escape(opcode) for opcode in opcodes)
     return len(re.findall(rf"\s(?:{names})(?:-start)?\(", hlo))
+
+
+def python_blocks(text: str) -> list[str]:
+    """The Python code of a Markdown text."""
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)

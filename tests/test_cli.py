@@ -307,8 +307,9 @@ def test_the_command_trains_on_real_data_and_writes_a_self_contained_report(tmp_
         assert row["total_bytes"] >= row["parameter_bytes"] + row["temporary_bytes"]
         assert bool(row["refresh_steps"]) == (name in ("fosi", "dho2"))
         assert 0 <= row["test_accuracy"] <= 1
-    # Split over two devices, dho2's curvature state is smaller than FOSI's replicated one.
-    assert rows["dho2"]["curvature_state_bytes"] < 0.7 * rows["fosi"]["curvature_state_bytes"]
+    # Split over two devices, dho2's curvature state, rank vectors and Adam's metric, is smaller than FOSI's replicated
+    # one, rank vectors: 3/4 with rank 2.
+    assert rows["dho2"]["curvature_state_bytes"] < 0.76 * rows["fosi"]["curvature_state_bytes"]
     page = (out / "report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,40})', page)
     assert sources

@@ -144,6 +144,27 @@ def test_batch_size_takes_the_first_samples(reference):
     np.testing.assert_array_equal(*gauss_newtons)
 
 
+def test_batch_start_leaves_samples_out():
+    some, rest = (jax.tree.map(lambda x, part=part: x[part], _batch()) for part in (slice(4, 10), slice(20, None)))
+    _assert_same(_product(hessian(_loss, batch_size=6, batch_start=4)), _product(hessian(_loss), some))
+    _assert_same(_product(hessian(_loss, batch_start=20)), _product(hessian(_loss), rest))
+    gauss_newtons = [gauss_newton(_model, _output_loss, **options) for options in ({"batch_start": 20}, {})]
+    _assert_same(_product(gauss_newtons[0]), _product(gauss_newtons[1], rest))
+
+
+def test_a_batch_start_that_leaves_nothing_is_refused():
+    with pytest.raises(ValueError, match="`batch_start` must leave some of the samples of the batch, got 24 for 24"):
+        hessian(_loss, batch_start=24)(_params(0), _params(5), _batch())
+    with pytest.raises(ValueError, match="`batch_start` must be non-negative, got -1"):
+        hessian(_loss, batch_start=-1)
+
+
+def test_an_array_that_is_not_of_samples_is_not_cut():
+    loss = lambda params, batch: _loss(params, batch[0]) * batch[1][0]  # noqa: E731
+    with pytest.raises(ValueError, match=r"leading axis of every array, got lengths \[2, 24\]"):
+        hessian(loss, batch_size=6)(_params(0), _params(5), (_batch(), jnp.ones(2)))
+
+
 @pytest.mark.parametrize("microbatch_size", [1, 8, 24])
 def test_microbatches_add_up_to_the_whole_batch(microbatch_size, reference):
     _assert_same(_product(hessian(_loss, microbatch_size=microbatch_size)), reference)

@@ -21,7 +21,14 @@ _NUM_DEVICES = 4
 _NUM_STEPS = 6
 _N = 8
 _SPECTRUM = np.array([10.0, 6.0, 2.0, 1.0, 0.5, 0.3, 0.2, 0.1])
-_OPTIONS = {"rank": 2, "order": _N, "alpha": 0.3, "refresh_interval": 2, "tolerance": 0.0}
+_OPTIONS = {
+    "rank": 2,
+    "order": _N,
+    "alpha": 0.3,
+    "refresh_interval": 2,
+    "tolerance": 0.0,
+    "base_scale_growth": 100.0,
+}
 _DENSE = {"alpha": 0.3, "refresh_interval": 2, "warmup_steps": 2, "decay": 0.9}
 _SCALE = 0.5  # of the loss; a scalar of the batch
 

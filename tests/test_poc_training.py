@@ -151,10 +151,11 @@ def test_a_streaming_optimizer_probes_in_some_steps_and_refreshes_in_others(digi
     program, run = _train(digits, spec)
     assert run.status == "ok"
     assert np.isfinite(run.losses).all()
-    # A probe every other step, four in a cycle; the spectrum is put in use in the step after the last of them.
-    assert run.counters["matvecs"] == len(run.probe_steps) == 7
-    assert run.probe_steps == [0, 2, 4, 6, 9, 11, 13]  # the next cycle starts in step 8
-    assert 7 in run.refresh_steps
+    # The first cycle starts in step 1, with Adam's metric, which there is none of before the first gradient. A probe
+    # every other step, four in a cycle; the spectrum is put in use in the step after the last of them.
+    assert run.counters["matvecs"] == len(run.probe_steps) == 6
+    assert run.probe_steps == [2, 4, 6, 8, 11, 13]  # the next cycle starts in step 10
+    assert 9 in run.refresh_steps
     assert run.counters["refreshes"] == len(run.refresh_steps)
     footprint = program.footprint
     # Every step averages the gradient and gathers the update, a probe averages a product besides.

@@ -61,10 +61,10 @@ def _step(
         subspace_state,
         lambda g: base.update(g, base_state),
         alpha=alpha,
-        sigma=jnp.float32(sigma),
+        scale=lambda tolerable: jnp.float32(sigma),
         damping=_DAMPING,
         axis_name=axis_name,
-    )
+    )[:3]
 
 
 def _start():
@@ -282,6 +282,30 @@ def test_base_scale(eigenvalues, mask, num_smallest, limit, expected):
 def test_pairs_left_to_the_base_limit_its_scale(eigenvalues, residuals, mask, num_smallest, expected):
     spectrum = _numbers(eigenvalues, mask)._replace(residuals=np.float32(residuals))
     np.testing.assert_allclose(_base_scale(spectrum, num_smallest, 3.0), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("missed", "tolerable", "expected"), [(0, np.inf, 2), (5, np.inf, 8 / 5), (5, 7, 7 / 5), (9, 20, 1)]
+)
+def test_missed_curvature_limits_the_scale(missed, tolerable, expected):
+    sigma = _base_scale(_numbers([8.0, -6.0, 4.0]), 0, 3.0, tolerable, missed)
+    np.testing.assert_allclose(sigma, expected, rtol=1e-6)
+
+
+def test_missed_curvature_is_that_of_the_new_spectrum_outside_of_the_old_one():
+    old, new = _rows(seed=0), _rows(mask=np.array([True, True, True, False]), seed=1)
+    known = new.T @ np.diag(np.abs(_EIGENVALUES)) @ new
+    outside = np.eye(_N) - old.T @ old
+    expected = np.linalg.norm(outside @ known @ outside, 2)
+    spectra = _spectrum(old), _spectrum(new, mask=np.array([True, True, True, False]))
+    missed = jax.jit(lambda old, new: subspace.missed_curvature(old, new, None))
+    np.testing.assert_allclose(missed(*spectra), expected, rtol=1e-5)
+    nothing = _spectrum(np.zeros_like(old), mask=np.zeros(4, bool))
+    np.testing.assert_allclose(missed(nothing, spectra[1]), 8, rtol=1e-5)
+    np.testing.assert_allclose(missed(spectra[1], spectra[1]), 0, atol=1e-5)
+    # A row masked out in the new spectrum does not count, whatever its Ritz value.
+    large = spectra[1]._replace(eigenvalues=np.float32([8.0, -5.0, 3.0, 1e6]))
+    np.testing.assert_allclose(missed(spectra[0], large), expected, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+import re
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ _NUMBERS = {
     "tolerance": 0.0,
     "max_residual": 0.1,
     "base_scale_limit": 3.0,
+    "base_scale_growth": 100.0,
     "floor": 1e-3,
     "damping": 0.0,
 }
@@ -151,7 +153,9 @@ class DenseOptimizer:
         self.values, self.rows = np.zeros(0), np.zeros((0, _N))
         self.momentum = np.zeros(0)
         self.trace = np.zeros(_N)
-        self.carry_newton_step = True
+        self.published_rule = False  # of FOSI
+        self.missed = 0.0
+        self.scale = 1.0
 
     def magnitudes(self):
         sizes = np.abs(self.values)
@@ -163,16 +167,19 @@ class DenseOptimizer:
             index = np.argsort(-np.abs(values))[: self.rank]
         else:
             index = np.r_[np.arange(self.num_smallest), np.arange(_N - self.rank, _N)]
-        old_scale = self.magnitudes() if self.carry_newton_step else np.ones(len(self.values))
+        old_scale = self.magnitudes() if not self.published_rule else np.ones(len(self.values))
         carried = self.rows.T @ (self.momentum / old_scale)
+        outside = np.eye(_N) - self.rows.T @ self.rows
         self.values, self.rows = values[index], columns.T[index]
-        new_scale = self.magnitudes() if self.carry_newton_step else np.ones(len(self.values))
+        known = self.rows.T @ np.diag(np.abs(self.values)) @ self.rows
+        self.missed = 0.0 if self.published_rule else np.linalg.norm(outside @ known @ outside, 2)
+        new_scale = self.magnitudes() if not self.published_rule else np.ones(len(self.values))
         self.momentum = new_scale * (self.rows @ carried)
 
     def sigma(self):
         sizes = np.abs(self.values[self.num_smallest :])
         limit = max(self.numbers["base_scale_limit"], 1)
-        return float(np.clip(sizes.max() / sizes.min(), 1, limit)) if sizes.size else 1.0
+        return float(np.clip(sizes.max() / max(sizes.min(), self.missed), 1, limit)) if sizes.size else 1.0
 
     def update(self, gradient, alpha):
         coordinates = self.rows @ gradient
@@ -181,7 +188,8 @@ class DenseOptimizer:
         base = -self.numbers["learning_rate"] * self.trace
         outside = base - self.rows.T @ (self.rows @ base)
         newton = self.rows.T @ (self.momentum / self.magnitudes()) if self.values.size else 0
-        return self.sigma() * outside - alpha * newton
+        self.scale = min(self.sigma(), self.scale * self.numbers["base_scale_growth"])
+        return self.scale * outside - alpha * newton
 
     def is_due(self, t):
         since = t + 1 - self.numbers["warmup_steps"]
@@ -233,6 +241,7 @@ def _is_due(t, warmup_steps, refresh_interval):
         {"warmup_steps": 5},
         {"base_scale_limit": 1.0},
         {"base_scale_limit": 1.3},
+        {"base_scale_growth": 1.2},
         {"floor": 0.9},
         {"damping": 3.0},
     ],
@@ -276,10 +285,99 @@ def test_the_newton_step_solves_the_subspace_at_once_and_the_base_does_the_rest(
     gradient_outside = matrix @ outside
     for limit, sigma in ((1.0, 1.0), (3.0, values[-1] / values[-2])):
         numbers = {"alpha": 1.0, "decay": 0.0, "warmup_steps": 1, "learning_rate": 0.01, "base_scale_limit": limit}
-        trace = _run(problem, **numbers)
+        trace = _run(problem, sharpness_limit=np.inf, **numbers)
         np.testing.assert_allclose(steep @ trace.params[0], 0, atol=1e-5)
         np.testing.assert_allclose(trace.params[0], outside - 0.01 * sigma * gradient_outside, atol=1e-5)
         np.testing.assert_allclose(trace.metrics["base_scale"][0], sigma, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("base", "tolerated"),
+    [
+        (lambda rate: optax.sgd(rate, momentum=0.9), 3.8),
+        (lambda rate: optax.chain(optax.ema(0.9, debias=False), optax.scale(-rate)), 38),
+        (lambda rate: optax.sgd(rate), np.inf),
+    ],
+    ids=["heavy ball", "average", "no momentum"],
+)
+@pytest.mark.parametrize("sharpness_limit", [0.5, 1.0, np.inf])
+def test_the_scaled_base_stays_below_the_curvature_it_tolerates(base, tolerated, sharpness_limit):
+    """The learning rates are such that the bound of 0.5 is just below the second eigenvalue, which is 5.58 then."""
+    rate = (3.8 if np.isinf(tolerated) else tolerated) / 11
+    options = {"base": base(rate), "warmup_steps": 1, "refresh_interval": 1, "base_scale_limit": 1.6, "alpha": 0.01}
+    trace = _compiled(_optimizer(sharpness_limit=sharpness_limit, **options), moving_quadratic())
+    # After the second refresh, which shows that the first has missed little.
+    values = np.abs([trace.metrics[f"eigenvalue_{i}"][1] for i in range(2)])
+    assert 0 < trace.metrics["missed_curvature"][1] < values[1]
+    bound = np.inf if np.isinf(tolerated) else sharpness_limit * tolerated / rate
+    expected = np.clip(min(values[0], bound) / values[1], 1, 1.6)
+    np.testing.assert_allclose(trace.metrics["base_scale"][1], expected, rtol=1e-4)
+    assert (expected < 1.001) == (bound < 6)
+
+
+def test_the_scale_waits_for_a_second_refresh_and_for_eigenvectors_that_stay():
+    problem = moving_quadratic()
+    turned = problem.curvature.copy()
+    turned[8:] = symmetric(_SPECTRUM, seed=7)
+    trace = _run(problem._replace(curvature=turned), warmup_steps=1, refresh_interval=4)
+    published = _run(problem._replace(curvature=turned), warmup_steps=1, refresh_interval=4, sharpness_limit=np.inf)
+    scales, missed = trace.metrics["base_scale"], trace.metrics["missed_curvature"]
+    largest = np.max(np.abs([trace.metrics[f"eigenvalue_{i}"] for i in range(2)]), axis=0)
+    np.testing.assert_allclose(missed[:4], largest[:4], rtol=1e-5)  # there was nothing before
+    np.testing.assert_allclose(scales[:4], 1)
+    assert scales[7] > 1.2
+    assert missed[8] > 0.5 * largest[8]
+    assert 1 <= scales[8] < scales[7]
+    assert published.metrics["base_scale"][0] > 1.2 < published.metrics["base_scale"][8]
+
+
+def test_the_base_does_not_outrun_steep_directions_of_which_a_refresh_finds_one():
+    """Six eigenvalues are 6, of which the batch of a refresh shows one; the base tolerates 1.2 times that, not 3."""
+    matrix = symmetric(np.r_[[6.0] * 6, np.full(_N - 6, 0.5)])
+    rows = np.linalg.eigh(matrix)[1].T
+    always = 0.5 * np.eye(_N) + 0.5 * np.outer(rows[0], rows[0])
+    shown = np.stack([always + 5.5 * np.outer(v, v) for v in np.repeat(rows[-6:], 10, axis=0)])
+    problem = make_problem(np.broadcast_to(matrix, shown.shape), np.zeros((60, _N)), shown)
+    options = {"base": optax.sgd(3.8 / 7.2, momentum=0.9), "refresh_interval": 10, "warmup_steps": 1}
+    trace, published = (_compiled(_optimizer(sharpness_limit=limit, **options), problem) for limit in (1.0, np.inf))
+    np.testing.assert_allclose(trace.metrics["missed_curvature"][10:], 6, rtol=1e-4)
+    assert np.max(trace.metrics["base_scale"]) < 1.21
+    assert np.max(np.abs(trace.params[-1])) < np.max(np.abs(flat(START)))
+    assert np.max(np.abs(published.params[-1])) > 10 * np.max(np.abs(flat(START)))
+
+
+def test_the_scale_grows_slowly_and_shrinks_at_once():
+    problem = moving_quadratic()
+    # The second of two refreshes finds all eigenvalues alike, and so no reason for a scale.
+    curvature = problem.curvature.copy()
+    curvature[4:] = np.eye(_N)
+    numbers = {"base_scale_growth": 1.1, "sharpness_limit": np.inf, "warmup_steps": 1, "refresh_interval": 4}
+    trace = _run(problem._replace(curvature=curvature), **numbers)
+    scales = trace.metrics["base_scale"]
+    np.testing.assert_allclose(scales[:4], 1.1 ** np.arange(1, 5), rtol=1e-5)
+    np.testing.assert_allclose(scales[4:8], 1, rtol=1e-4)
+
+
+def test_eigenvalues_can_be_taken_anew_with_another_operator():
+    problem = moving_quadratic()
+    doubled = dho2.hessian(lambda params, matrix: 2 * _loss(params, matrix))
+    plain, anew = (
+        _compiled(_optimizer(warmup_steps=1, refresh_interval=100, rayleigh=rayleigh), problem)
+        for rayleigh in (None, doubled)
+    )
+    for name in ("eigenvalue_0", "eigenvalue_1"):
+        np.testing.assert_allclose(anew.metrics[name][0], 2 * plain.metrics[name][0], rtol=1e-4)
+    first, second = (np.linalg.norm(x.state.spectrum.eigenvectors["b"]) for x in (plain, anew))
+    np.testing.assert_allclose(first, second, rtol=1e-5)
+    # Half the Newton step: the directions are the same, the eigenvalues twice as large.
+    rows = flat_rows(plain.state.spectrum.eigenvectors)
+    inside = [rows @ np.asarray(x.updates[0], np.float64) for x in (plain, anew)]
+    np.testing.assert_allclose(inside[1], inside[0] / 2, rtol=1e-3, atol=1e-6)
+
+
+def test_an_operator_for_the_eigenvalues_needs_one_for_the_eigenvectors():
+    with pytest.raises(ValueError, match=r"`rayleigh` needs `loss_fn` or `curvature`"):
+        dho2.dho2(optax.sgd(0.1), rayleigh=dho2.hessian(_loss))
 
 
 def test_before_the_first_refresh_updates_are_exactly_those_of_the_base():
@@ -435,7 +533,7 @@ def test_arguments_that_nobody_knows_are_ignored():
 
 # One compiled step of the plain optimizer, with defaults where they matter: order, warm-up and subspace.
 
-_PLAIN = {"rank": 4, "alpha": 0.3, "refresh_interval": 3, "tolerance": 0.0}
+_PLAIN = {"rank": 4, "alpha": 0.3, "refresh_interval": 3, "tolerance": 0.0, "base_scale_growth": 100.0}
 _PLAIN_DENSE = {"rank": 4, "alpha": 0.3, "refresh_interval": 3, "warmup_steps": 3, "decay": 0.9}
 
 
@@ -470,6 +568,25 @@ def test_donated_steps_follow_the_dense_optimizer():
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves((old[1].spectrum, old[1].base_state)))
         np.testing.assert_allclose(flat(params), expected[t], atol=1e-4 * np.abs(expected).max())
     assert state.refreshes == 3
+
+
+@pytest.mark.parametrize("factory", [dho2.dho2, dho2.mr_dho2])
+@pytest.mark.parametrize("metric", [None, "base"])
+def test_a_donated_update_without_a_refresh_copies_no_stack_of_vectors(factory, metric):
+    """Copies in the entry of the program are made at every update; eigenvectors and Krylov basis are large."""
+    tx = factory(optax.adam(0.01), lambda params, batch: jnp.sum(batch * jnp.tanh(params) ** 2), rank=3, metric=metric)
+    params = jnp.ones((40, 50))
+
+    def step(params, state, batch):
+        grads = jax.grad(lambda p: jnp.sum(batch * jnp.tanh(p) ** 2))(params)
+        updates, state = tx.update(grads, state, params, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile().as_text()
+    entry = compiled[compiled.index("\nENTRY") :]
+    stack = r"f32\[[36],40,50\]"
+    assert re.search(stack, entry)
+    assert not re.findall(stack + r"\S* copy\(", entry)
 
 
 def test_the_second_call_does_not_compile(caplog):
@@ -711,7 +828,7 @@ def _run_fosi(problem, **numbers):
 def test_fosi_is_the_algebraic_optimizer_without_damping(numbers):
     problem = moving_quadratic()
     dense = DenseOptimizer(select="algebraic", num_smallest=1, floor=0.0, **numbers)
-    dense.carry_newton_step = False
+    dense.published_rule = True
     assert_follows(_run_fosi(problem, **numbers), dense.run(problem))
 
 
@@ -875,6 +992,8 @@ def _abstract_update(options, **arguments):
         ({"tolerance": -1e-2}, "`tolerance` must be non-negative, got -0.01"),
         ({"max_residual": -1.0}, "`max_residual` must be non-negative, got -1.0"),
         ({"base_scale_limit": -3.0}, "`base_scale_limit` must be non-negative, got -3.0"),
+        ({"sharpness_limit": 0.0}, "`sharpness_limit` must be positive, got 0.0"),
+        ({"base_scale_growth": 0.9}, "`base_scale_growth` must be at least 1, got 0.9"),
         ({"refresh_interval": 0}, "`refresh_interval` must be positive, got 0"),
         ({"warmup_steps": 0}, "`warmup_steps` must be positive, got 0"),
         ({"base": 0.1}, "`base` must be an optax.GradientTransformation, got 0.1"),
@@ -1033,7 +1152,8 @@ def test_metrics_and_spectrum_find_the_state_inside_others():
     )
     state = nested.init(START)
     names = {"refreshes", "rejected_refreshes", "matvecs", "age", "active_pairs", "base_scale", "eigenvalue_max"}
-    names |= {"eigenvalue_min", "residual_max"} | {f"{x}_{i}" for x in ("eigenvalue", "residual") for i in range(2)}
+    names |= {"eigenvalue_min", "residual_max", "missed_curvature"}
+    names |= {f"{x}_{i}" for x in ("eigenvalue", "residual") for i in range(2)}
     found = dho2.metrics(state)
     assert set(found) == names
     assert all(jnp.shape(x) == () for x in found.values())

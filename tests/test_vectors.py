@@ -37,6 +37,13 @@ def test_dots_of_mixed_dtypes_equal_float64():
     np.testing.assert_allclose(result, flat_rows(stack) @ flat(vector), rtol=1e-6, atol=1e-5)
 
 
+def test_gram_of_mixed_dtypes_equals_float64():
+    stack, other = _stack(3, 0), _stack(2, 20)
+    result = jax.jit(vectors.gram)(stack, other)
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, flat_rows(stack) @ flat_rows(other).T, rtol=1e-6, atol=1e-5)
+
+
 def test_dot_and_norm_of_mixed_dtypes_equal_float64():
     x, y = _vector(0), _vector(1)
     dot, norm = jax.jit(lambda x, y: (vectors.dot(x, y), vectors.norm(x)))(x, y)

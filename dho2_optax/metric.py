@@ -1,0 +1,287 @@
+r"""Metrics: the geometry in which the base steps, and so the one in which its curvature should be measured.
+
+A base that steps by :math:`-\eta P m`, with :math:`P` positive definite, descends in the coordinates
+:math:`P^{-1/2}\theta`, where the Hessian is :math:`P^{1/2} H P^{1/2}`. What limits :math:`\eta` is the largest
+eigenvalue of that matrix and not of :math:`H`; its extreme eigenpairs are the ones to take out. For Adam
+:math:`P = \text{diag}(1 / (\sqrt{\hat\nu} + \epsilon))` (Cohen et al., "Adaptive gradient methods at the edge of
+stability", arXiv 2207.14484, call the eigenvalues of the product the preconditioned sharpness).
+
+Eigenvectors belong to the :math:`P` of the moment at which they were found, so a copy of what defines it, the
+*factors*, is kept beside them: then the Newton step is one with :math:`H` itself, however :math:`P` moves on.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dho2_optax import segments, vectors
+from dho2_optax.kronecker import KroneckerState, kronecker_factors, kronecker_half, kronecker_inverse_half
+from dho2_optax.masking import is_hidden
+from dho2_optax.vectors import Vector
+
+
+class Metric(NamedTuple):
+    r"""How to read the preconditioner :math:`P` of a base from its state, and to apply its half-powers.
+
+    Example:
+      A metric for a base that scales the gradient by fixed numbers, ``optax.scale_by_...`` say, held by the user.
+
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import dho2_optax as dho2
+      >>> scales = {"w": jnp.asarray([4.0, 1.0])}
+      >>> fixed = dho2.Metric(
+      ...     factors=lambda base_state, like, axis_name: scales,
+      ...     half=lambda p, x: jax.tree.map(lambda p, x: jnp.sqrt(p) * x, p, x),
+      ...     inverse_half=lambda p, x: jax.tree.map(lambda p, x: x / jnp.sqrt(p), p, x),
+      ... )
+      >>> tx = dho2.dho2(optax.sgd(0.1), lambda p, b: jnp.sum(p["w"] ** 2), rank=1, metric=fixed)
+    """
+
+    # (state of the base, parameters, axis over which both are in segments or None) -> what defines P
+    factors: Callable[[Any, Vector, str | None], Any]
+    half: Callable[[Any, Vector], Vector]  # (factors, x) -> P^{1/2} x, linear and symmetric in x
+    inverse_half: Callable[[Any, Vector], Vector]  # (factors, x) -> P^{-1/2} x
+    elementwise: bool = False  # factors are a pytree like the parameters and work on any part of each leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """The factors of a metric as they were at one moment: what an optimizer's state holds of it."""
+
+    values: Any  # in segment form if the metric is element-wise, else whole on every device
+    metric: Metric = dataclasses.field(metadata={"static": True})
+    axis_name: str | None = dataclasses.field(metadata={"static": True})
+    segmented_base: bool = dataclasses.field(metadata={"static": True})  # the state of the base is in segment form
+
+    def renewed(self, base_state: Any, params: Any) -> "Factors":
+        """Those of another moment."""
+        return snapshot(self.metric, base_state, params, self.axis_name, segmented_base=self.segmented_base)
+
+
+def split(factors: Factors) -> Factors:
+    """Whole factors in the form in which they are kept."""
+    if not factors.metric.elementwise or factors.axis_name is None:
+        return factors
+    pieces = segments.split(factors.values, factors.axis_name)
+    # The padding must not be divided by.
+    return dataclasses.replace(factors, values=jax.tree.map(lambda x: jnp.where(x == 0, 1, x), pieces))
+
+
+class Geometry(NamedTuple):
+    """The half-powers of one metric at one moment, on vectors in segment form."""
+
+    half: Callable[[Vector], Vector]
+    inverse_half: Callable[[Vector], Vector]
+
+
+EUCLIDEAN = Geometry(lambda x: x, lambda x: x)
+
+
+def geometry(factors: Factors | None, like: Vector) -> Geometry:
+    """The geometry that `factors` stand for; `like` has the shapes of whole vectors.
+
+    A metric that is not element-wise works on whole leaves, at the price of an all-gather each time.
+    """
+    if factors is None:
+        return EUCLIDEAN
+    metric, values, axis_name = factors.metric, factors.values, factors.axis_name
+
+    def on_segments(apply: Callable[[Any, Vector], Vector]) -> Callable[[Vector], Vector]:
+        if metric.elementwise:
+            return lambda x: apply(values, x)
+        return lambda x: segments.split(apply(values, segments.whole(x, like, axis_name)), axis_name)
+
+    return Geometry(on_segments(metric.half), on_segments(metric.inverse_half))
+
+
+def snapshot(metric: Metric, base_state: Any, params: Any, axis_name: str | None, *, segmented_base: bool) -> Factors:
+    """The factors of this moment; `base_state` is in segment form with `segmented_base`, and `params` are whole.
+
+    Raises:
+      ValueError: if the metric needs whole leaves and the base has segments.
+    """
+    if segmented_base and not metric.elementwise:
+        raise ValueError("a `metric` that is not element-wise needs base_on_segments=False.")
+    if segmented_base:
+        values = metric.factors(base_state, segments.split(params, axis_name), axis_name)
+        return Factors(values, metric, axis_name, segmented_base)
+    return split(Factors(metric.factors(base_state, params, None), metric, axis_name, segmented_base))
+
+
+_EPSILON = 1e-8  # what optax adds to the root of second moments
+_MAX_RATIO = 1e3  # of numbers of P within a leaf
+
+# What of the state of optax's transformations the gradient is divided by the square root of. By name, since not all of
+# these types are public.
+_SECOND_MOMENTS: dict[str, Callable[[Any], Any]] = {
+    "ScaleByAdamState": lambda state: state.nu,
+    "ScaleByAmsgradState": lambda state: state.nu_max,
+    "ScaleByBeliefState": lambda state: state.nu,
+    "ScaleByRmsState": lambda state: state.nu,
+    "ScaleByRmsWithCountState": lambda state: state.nu,
+    "ScaleByRssState": lambda state: state.sum_of_squares,
+    "ScaleByRStdDevState": lambda state: jax.tree.map(lambda nu, mu: nu - mu**2, state.nu, state.mu),
+    "ScaleByRStdDevWithCountState": lambda state: jax.tree.map(lambda nu, mu: nu - mu**2, state.nu, state.mu),
+}
+
+# States of transformations that scale all numbers of a leaf alike, if at all, or that only hold other states.
+_NEUTRAL = {
+    "AddDecayedWeightsState",
+    "ApplyIfFiniteState",
+    "EmaState",
+    "EmptyState",
+    "InjectHyperparamsState",
+    "InjectStatefulHyperparamsState",
+    "MaskedNode",
+    "MaskedState",
+    "PartitionState",
+    "MultiTransformState",
+    "ScaleByScheduleState",
+    "ScaleState",
+    "TraceState",
+    "WrappedScheduleState",
+}
+
+
+def _walk(state: Any) -> Iterator[tuple[str, Any]]:
+    """The named tuples in a base's state, by type name, without those inside a second moment."""
+    name = type(state).__name__
+    if name in _SECOND_MOMENTS:
+        yield name, state
+        return
+    if hasattr(state, "_fields"):
+        yield name, state
+    if isinstance(state, tuple | list):
+        for part in state:
+            yield from _walk(part)
+    elif isinstance(state, dict):
+        for part in state.values():
+            yield from _walk(part)
+
+
+def _second_moments(base_state: Any, like: Vector) -> list[jax.Array | None]:
+    """What the base divides every leaf of `like` by the square root of; None for a leaf that it does not scale.
+
+    Raises:
+      ValueError: if that cannot be told.
+    """
+    found = list(_walk(base_state))
+    moments = [_SECOND_MOMENTS[name](state) for name, state in found if name in _SECOND_MOMENTS]
+    chosen = _leafwise(moments, like)
+    missing = [x is None for x in chosen]
+    unknown = sorted({name for name, _ in found} - set(_SECOND_MOMENTS) - _NEUTRAL)
+    if not moments or (any(missing) and (all(missing) or unknown)):
+        raise ValueError(
+            "`metric` 'base' needs a base whose preconditioner can be read from its state (Adam, AdamW, NAdam, "
+            "AMSGrad, AdaBelief, RMSprop, Adagrad, soap, shampoo), got one without for some of the parameters"
+            + (f", but {', '.join(unknown)}" if unknown else "")
+            + ". Give metric=None or a dho2_optax.Metric."
+        )
+    return chosen
+
+
+def _leafwise(trees: list[Any], like: Vector) -> list[jax.Array | None]:
+    """For every leaf of `like` the array of its shape from the tree that has one, None if none has."""
+    shapes = [leaf.shape for leaf in jax.tree.leaves(like)]
+    chosen: list[jax.Array | None] = [None] * len(shapes)
+    for tree in trees:
+        leaves = jax.tree.leaves(tree, is_leaf=is_hidden)
+        if len(leaves) == len(shapes):
+            pairs = zip(leaves, shapes, strict=True)
+            shown = [None if is_hidden(x) or x.shape != shape else x for x, shape in pairs]
+            chosen = [old if new is None else new for old, new in zip(chosen, shown, strict=True)]
+    return chosen
+
+
+def _diagonal_factors(base_state: Any, like: Vector, axis_name: str | None) -> Vector:
+    r""":math:`P^{1/2} = (\sqrt{\nu} + \epsilon)^{-1/2}`, number by number; 1 where the base does not scale.
+
+    Without the bias correction of :math:`\nu`, whose factor all numbers share: where :math:`P` is multiplied by a
+    number, eigenvalues are too, and the update stays the same.
+
+    Within a leaf :math:`P` is at most 1000 times its smallest number. Weights that have hardly had a gradient yet, of a
+    unit that no sample activates, say, would otherwise fill the subspace with directions of their own as soon as one
+    sample does; the base steps there no further than anywhere else, but a Newton step would.
+    """
+    leaves, treedef = jax.tree.flatten(like)
+
+    def half(moment: jax.Array | None, leaf: jax.Array) -> jax.Array:
+        dtype = vectors.at_least_float32(leaf.dtype)
+        if moment is None:
+            return jnp.ones_like(leaf, dtype=dtype)
+        return jax.lax.rsqrt(jnp.sqrt(jnp.maximum(moment.astype(dtype), 0)) + jnp.asarray(_EPSILON, dtype))
+
+    halves = [half(*pair) for pair in zip(_second_moments(base_state, like), leaves, strict=True)]
+    # Padding, with second moments of zero, is never the smallest.
+    smallest = jnp.array([jnp.min(x, initial=jnp.inf) for x in halves])
+    if axis_name is not None and segments.bound_axis_size(axis_name) is not None:
+        smallest = jax.lax.pmin(smallest, axis_name)
+    limits = math.sqrt(_MAX_RATIO) * smallest
+    return treedef.unflatten([jnp.minimum(x, limit.astype(x.dtype)) for x, limit in zip(halves, limits, strict=True)])
+
+
+DIAGONAL = Metric(
+    factors=_diagonal_factors,
+    half=lambda factors, vector: jax.tree.map(lambda s, x: s.astype(x.dtype) * x, factors, vector),
+    inverse_half=lambda factors, vector: jax.tree.map(lambda s, x: x / s.astype(x.dtype), factors, vector),
+    elementwise=True,
+)
+"""That of Adam, AdamW, NAdam, AMSGrad, AdaBelief, RMSprop and Adagrad, wherever they stand in the base."""
+
+KRONECKER = Metric(kronecker_factors, kronecker_half, kronecker_inverse_half)
+"""That of `soap` and `shampoo`."""
+
+
+def of_base(base_state: Any) -> Metric:
+    """The metric of a base, by its state; that it can be read is seen when it is."""
+    return KRONECKER if any(name == KroneckerState.__name__ for name, _ in _walk(base_state)) else DIAGONAL
+
+
+def is_readable(base_state: Any, like: Vector) -> bool:
+    """Whether :func:`of_base` can read the preconditioner of a base."""
+    try:
+        jax.eval_shape(lambda state: of_base(base_state).factors(state, like, None), base_state)
+    except ValueError:
+        return False
+    return True
+
+
+class Momentum(NamedTuple):
+    r"""What a base has made of past gradients, and how far it may step along that.
+
+    With :math:`m \leftarrow \beta m + \kappa g` and steps of :math:`-\eta P m` a direction of curvature
+    :math:`\lambda` is stable while :math:`\eta \kappa \lambda < 2 (1 + \beta)` (Cohen et al., arXiv 2207.14484,
+    equation 3). Of :math:`\beta`, which no state tells, it is assumed that it is 0.9.
+    """
+
+    vector: Vector  # m, in the form of the base's state
+    limit: float  # of eta lambda
+
+
+_BETA = 0.9
+_SUM_LIMIT = 2 * (1 + _BETA)  # kappa = 1: heavy ball
+_MEAN_LIMIT = _SUM_LIMIT / (1 - _BETA)  # kappa = 1 - beta: Adam
+
+_MOMENTA: dict[str, Callable[[Any], tuple[Any, float]]] = {
+    "ScaleByAdamState": lambda state: (state.mu, _MEAN_LIMIT),
+    "ScaleByAmsgradState": lambda state: (state.mu, _MEAN_LIMIT),
+    "ScaleByBeliefState": lambda state: (state.mu, _MEAN_LIMIT),
+    "KroneckerState": lambda state: (state.mu, _MEAN_LIMIT),
+    "EmaState": lambda state: (state.ema, _MEAN_LIMIT),
+    "TraceState": lambda state: (state.trace, _SUM_LIMIT),
+}
+
+
+def momentum(base_state: Any, like: Vector) -> Momentum | None:
+    """The momentum of a base that has one kind for all its leaves, else None."""
+    found = [_MOMENTA[name](state) for name, state in _walk(base_state) if name in _MOMENTA]
+    limits = {limit for _, limit in found}
+    leaves = _leafwise([tree for tree, _ in found], like)
+    if len(limits) != 1 or any(x is None for x in leaves):
+        return None
+    return Momentum(jax.tree.structure(like).unflatten(leaves), limits.pop())

@@ -1,0 +1,420 @@
+"""The metric: reading a base's preconditioner, and the hybrid rule in its geometry."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import dho2_optax as dho2
+from dho2_optax import metric as metric_lib
+from dho2_optax import segments
+from tests import helpers
+from tests.helpers import AXIS
+
+_PARAMS = {"w": jnp.linspace(0.1, 0.9, 21).reshape(3, 7), "b": jnp.linspace(-0.5, 0.5, 5)}
+_SIZE = 26
+_RNG = np.random.default_rng(3)
+_HESSIAN = helpers.symmetric(np.concatenate([np.geomspace(30, 1, 6), np.geomspace(0.5, 0.01, _SIZE - 6)]), seed=1)
+_SCALES = np.exp(_RNG.uniform(-3, 3, _SIZE))  # what a diagonal preconditioner is there for
+_MATRIX = np.sqrt(_SCALES)[:, None] * _HESSIAN * np.sqrt(_SCALES)
+
+
+def _loss(params, batch):
+    x = jnp.concatenate([params["b"].reshape(-1), params["w"].reshape(-1)])
+    matrix = jnp.asarray(_MATRIX, x.dtype)
+    return 0.5 * jnp.mean(batch) * x @ jnp.dot(matrix, x, precision=jax.lax.Precision.HIGHEST)
+
+
+_BATCH = jnp.ones(8)
+
+
+def _train(tx, num_steps=12, *, hvp=False):
+    probing = dho2.value_grad_and_hvp(_loss)
+
+    @jax.jit
+    def step(params, state):
+        if hvp:
+            _, grads, product = probing(params, state, _BATCH)
+            updates, state = tx.update(grads, state, params, hvp=product)
+        else:
+            updates, state = tx.update(jax.grad(_loss)(params, _BATCH), state, params, batch=_BATCH)
+        return optax.apply_updates(params, updates), state
+
+    params, state = _PARAMS, tx.init(_PARAMS)
+    for _ in range(num_steps):
+        params, state = step(params, state)
+    return params, state
+
+
+def _preconditioned(state):
+    """P^{1/2} H P^{1/2} for the factors in use, in float64."""
+    half = helpers.flat(state.factors.values)
+    return half[:, None] * _MATRIX * half
+
+
+_BASES = {
+    "adam": lambda: optax.adam(0.01),
+    "adamw": lambda: optax.adamw(0.01),
+    "nadam": lambda: optax.nadam(0.01),
+    "amsgrad": lambda: optax.amsgrad(0.01),
+    "rmsprop": lambda: optax.rmsprop(0.01),
+    "rmsprop, centred": lambda: optax.rmsprop(0.01, centered=True, initial_scale=1.0),
+    "rmsprop, unbiased": lambda: optax.rmsprop(0.01, bias_correction=True),
+    "adagrad": lambda: optax.adagrad(0.01),
+    "adabelief": lambda: optax.adabelief(0.01),
+    "adam in a chain": lambda: optax.chain(optax.clip(1.0), optax.chain(optax.scale_by_adam(), optax.scale(-0.01))),
+    "injected": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=0.01),
+}
+
+
+def _half(nu):
+    """P^{1/2} of a leaf, P at most 1000 times its smallest number."""
+    half = (np.sqrt(nu) + 1e-8) ** -0.5
+    return np.minimum(half, np.sqrt(1000) * half.min())
+
+
+@pytest.mark.parametrize("name", _BASES)
+def test_the_second_moment_of_every_known_base_is_read(name):
+    base = _BASES[name]()
+    state = base.init(_PARAMS)
+    grads = jax.tree.map(lambda x: 3 * x + 0.2, _PARAMS)
+    for _ in range(3):
+        _, state = base.update(grads, state, _PARAMS)
+    factors = metric_lib.snapshot(metric_lib.DIAGONAL, state, _PARAMS, None, segmented_base=False)
+    found = {
+        "adagrad": ("sum_of_squares", lambda nu, mu: nu),
+        "amsgrad": ("nu_max", lambda nu, mu: nu),
+        "rmsprop, centred": ("nu", lambda nu, mu: nu - mu**2),
+    }.get(name, ("nu", lambda nu, mu: nu))
+    second = optax.tree.get(state, found[0])
+    first = optax.tree.get(state, "mu") if name == "rmsprop, centred" else second
+    expected = jax.tree.map(lambda nu, mu: _half(found[1](nu, mu)), second, first)
+    for a, b in zip(jax.tree.leaves(factors.values), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_leaves_that_the_base_does_not_scale_have_the_identity():
+    labels = {"w": "adam", "b": "sgd"}
+    base = optax.partition({"adam": optax.adam(0.01), "sgd": optax.sgd(0.01, momentum=0.9)}, labels)
+    _, state = base.update(_PARAMS, base.init(_PARAMS), _PARAMS)
+    factors = metric_lib.snapshot(metric_lib.DIAGONAL, state, _PARAMS, None, segmented_base=False)
+    np.testing.assert_array_equal(factors.values["b"], np.ones(5))
+    assert np.all(factors.values["w"] > 1.5)
+
+
+def test_two_adams_on_different_leaves_are_both_read():
+    labels = {"w": "slow", "b": "fast"}
+    base = optax.partition({"slow": optax.adam(0.01), "fast": optax.adam(0.1)}, labels)
+    _, state = base.update(_PARAMS, base.init(_PARAMS), _PARAMS)
+    factors = metric_lib.snapshot(metric_lib.DIAGONAL, state, _PARAMS, None, segmented_base=False)
+    expected = jax.tree.map(lambda g: _half(0.001 * g**2), _PARAMS)
+    for name in ("w", "b"):
+        np.testing.assert_allclose(factors.values[name], expected[name], rtol=1e-5)
+
+
+def test_map_params_finds_the_factors_of_the_metric():
+    tx = dho2.dho2(optax.adam(0.01), rank=2)
+    mapped = optax.tree.map_params(tx, lambda x: x + 1, tx.init(_PARAMS))
+    for x in jax.tree.leaves(mapped.base_state[0].nu):
+        np.testing.assert_array_equal(x, np.ones(x.shape))
+    before = jax.tree.leaves(tx.init(_PARAMS).factors)
+    for old, new in zip(before, jax.tree.leaves(mapped.factors), strict=True):
+        np.testing.assert_array_equal(new, old + 1)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+def test_the_factors_of_weights_without_gradients_are_limited_by_the_others_of_their_leaf(num_devices):
+    nu = jnp.ones(600).at[7].set(0.0).at[599].set(4.0)
+
+    def factors(nu):
+        state = (optax.ScaleByAdamState(jnp.zeros((), jnp.int32), {"w": nu, "b": nu[:3]}, {"w": nu, "b": nu[:3]}),)
+        return metric_lib.DIAGONAL.factors(state, {"w": nu, "b": nu[:3]}, AXIS)
+
+    mesh = helpers.make_mesh(num_devices)
+    run = jax.shard_map(lambda nu: factors(segments.split(nu, AXIS)), mesh=mesh, in_specs=P(), out_specs=P(AXIS))
+    found = jax.jit(run)(nu)["w"][:600]
+    np.testing.assert_allclose(found, _half(np.asarray(nu)), rtol=1e-5)
+    assert float(found[7]) == pytest.approx((1000 / 2) ** 0.5, rel=1e-5)
+    assert float(factors(nu)["b"][0]) == pytest.approx(1, rel=1e-5)
+
+
+def test_a_weight_that_has_had_no_gradient_does_not_fill_the_subspace():
+    """Curvature sees a unit on a sample that no gradient was taken of: P is 1e8 there."""
+    scales = jnp.asarray([5.0, 4.0, 3.0, 2.0, 1.0, 1e-4])
+    tx = dho2.dho2(
+        optax.adam(1e-3), curvature=lambda params, vector, batch: scales * vector, rank=2, order=6, refresh_interval=5
+    )
+    params, update = jnp.ones(6), jax.jit(tx.update)
+    state = tx.init(params)
+    for _ in range(5):
+        _, state = update((scales * params).at[5].set(0.0), state, params, batch=jnp.ones(1))
+    assert np.all(np.asarray(state.spectrum.mask))
+    assert float(jnp.max(jnp.abs(state.spectrum.eigenvectors[:, 5]))) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("base", "named"),
+    [(optax.sgd(0.1), ""), (optax.lion(0.1), "ScaleByLionState"), (optax.contrib.muon(0.1), "MuonState")],
+    ids=["sgd", "lion", "muon"],
+)
+@pytest.mark.parametrize("factory", [dho2.dho2, dho2.mr_dho2])
+def test_a_base_without_a_preconditioner_is_refused(factory, base, named):
+    tx = factory(base, _loss, rank=2, metric="base")
+    with pytest.raises(ValueError, match=r"`metric` 'base' needs a base whose preconditioner.*" + named):
+        tx.init(_PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "limit"),
+    [
+        (optax.adam(0.1), "mu", 38),
+        (optax.chain(optax.clip(1.0), optax.nadam(0.1)), "mu", 38),
+        (optax.sgd(0.1, momentum=0.9), "trace", 3.8),
+        (dho2.soap(0.1), "mu", 38),
+        (optax.sgd(0.1), None, None),
+        (optax.partition({"w": optax.adam(0.1), "b": optax.sgd(0.1)}, {"w": "w", "b": "b"}), None, None),
+        (optax.partition({"w": optax.adam(0.1), "b": optax.nadam(0.1)}, {"w": "w", "b": "b"}), "both", 38),
+    ],
+    ids=["adam", "chain", "heavy ball", "soap", "sgd", "adam and sgd", "adam and nadam"],
+)
+def test_the_momentum_of_a_base_is_read(base, name, limit):
+    _, state = base.update(_PARAMS, base.init(_PARAMS), _PARAMS)
+    found = metric_lib.momentum(state, _PARAMS)
+    if name is None:
+        assert found is None
+        return
+    np.testing.assert_allclose(found.limit, limit, rtol=1e-6)
+    gain = 1.0 if name == "trace" else 0.1
+    for a, b in zip(jax.tree.leaves(found.vector), jax.tree.leaves(_PARAMS), strict=True):
+        np.testing.assert_allclose(a, gain * b, rtol=1e-6)
+
+
+def test_the_learning_rate_is_found_whatever_schedules_and_bias_corrections_are_in_it():
+    """One in which Adam has a momentum: eta is lr sqrt(1 - b2^t) / (1 - b1^t)."""
+    tx = dho2.dho2(
+        optax.adam(optax.linear_schedule(0.0, 1.0, 100)), _loss, rank=3, order=16, refresh_interval=1, metric="base",
+        sharpness_limit=1.0, base_scale_limit=1e6, base_scale_growth=1e9, tolerance=0.0,
+    )  # fmt: skip
+    _, state = _train(tx, 3)
+    eta = 0.02 * np.sqrt(1 - 0.999**3) / (1 - 0.9**3)
+    largest, smallest = np.max(state.spectrum.eigenvalues), np.min(state.spectrum.eigenvalues)
+    expected = max(min(largest, 38 / eta) / max(smallest, state.missed), 1)
+    assert expected > 1.5
+    np.testing.assert_allclose(state.sigma, expected, rtol=2e-2)
+
+
+@pytest.mark.parametrize("factory", [dho2.dho2, dho2.mr_dho2])
+def test_an_unknown_metric_is_refused(factory):
+    with pytest.raises(ValueError, match=r"`metric` must be None, 'auto', 'base' or a dho2_optax.Metric, got 'adam'"):
+        factory(optax.adam(0.1), _loss, metric="adam")
+
+
+_FACTORIES = {
+    "dho2": lambda base, **options: dho2.dho2(base, _loss, refresh_interval=5, **options),
+    "mr_dho2": lambda base, **options: dho2.mr_dho2(base, probe_interval=1, **options),
+}
+
+
+@pytest.mark.parametrize("name", _FACTORIES)
+def test_eigenpairs_are_those_of_the_preconditioned_hessian(name):
+    tx = _FACTORIES[name](optax.adam(1e-4), rank=3, order=16, tolerance=0.0, metric="base")
+    _, state = _train(tx, 45, hvp=name == "mr_dho2")
+    values, eigenvectors = np.linalg.eigh(_preconditioned(state))
+    np.testing.assert_allclose(state.spectrum.eigenvalues, values[::-1][:3], rtol=2e-3)
+    found = helpers.flat_rows(state.spectrum.eigenvectors)
+    np.testing.assert_allclose(np.abs(np.sum(found * eigenvectors.T[::-1][:3], axis=1)), 1, atol=2e-3)
+    raw = np.linalg.eigvalsh(_MATRIX)[::-1][:3]
+    assert np.all(np.abs(np.asarray(state.spectrum.eigenvalues) / raw - 1) > 0.05)
+
+
+def test_one_update_is_the_dense_rule():
+    """u = sigma d - P^{1/2} V'(sigma e + alpha q / lambda), all of it in float64 with dense matrices."""
+    alpha, rate = 0.7, 0.01
+    tx = dho2.dho2(
+        optax.adam(rate),
+        _loss,
+        rank=3,
+        order=_SIZE,
+        tolerance=0.0,
+        refresh_interval=4,
+        alpha=alpha,
+        subspace=optax.identity(),
+        metric="base",
+        floor=0.0,
+    )
+    state = tx.init(_PARAMS)
+    params = _PARAMS
+    update = jax.jit(tx.update)
+    for _ in range(5):  # a refresh before the fourth; the factors are one update old in the fifth
+        before, grads = state, jax.grad(_loss)(params, _BATCH)
+        updates, state = update(grads, state, params, batch=_BATCH)
+        params = optax.apply_updates(params, updates)
+    half = helpers.flat(state.factors.values)
+    rows = helpers.flat_rows(state.spectrum.eigenvectors)
+    g = helpers.flat(grads)
+    c = rows @ (half * g)
+    complement = helpers.unflatten(jnp.asarray(g - rows.T @ c / half, jnp.float32), _PARAMS)
+    base_update, _ = optax.adam(rate).update(complement, before.base_state, params)
+    d = helpers.flat(base_update)
+    e = rows @ (d / half)
+    sigma = float(state.sigma)
+    expected = sigma * d - half * (rows.T @ (sigma * e + alpha * c / np.asarray(state.spectrum.eigenvalues)))
+    np.testing.assert_allclose(helpers.flat(updates), expected, rtol=2e-3, atol=2e-5)
+    assert int(dho2.metrics(state)["age"]) == 2
+
+
+def test_a_full_newton_step_solves_the_problem_in_the_subspace_whatever_the_metric():
+    """With every direction in the subspace and alpha 1, one update finds the minimum."""
+    tx = dho2.dho2(
+        optax.adam(1e-3),
+        _loss,
+        rank=_SIZE,
+        order=_SIZE,
+        tolerance=0.0,
+        max_residual=1.0,
+        refresh_interval=5,
+        alpha=1.0,
+        subspace=optax.identity(),
+        floor=0.0,
+        metric="base",
+    )
+    params, _ = _train(tx, 5)
+    before, _ = _train(tx, 4)
+    assert float(_loss(params, _BATCH)) < 1e-3 * float(_loss(before, _BATCH))
+
+
+def test_a_metric_that_is_the_identity_changes_nothing():
+    identity = dho2.Metric(lambda state, like, axis_name: {}, lambda factors, x: x, lambda factors, x: x)
+    plain, _ = _train(_FACTORIES["dho2"](optax.adam(0.01), rank=3, metric=None))
+    given, _ = _train(_FACTORIES["dho2"](optax.adam(0.01), rank=3, metric=identity))
+    np.testing.assert_allclose(helpers.flat(given), helpers.flat(plain), rtol=1e-6)
+    by_base, _ = _train(_FACTORIES["dho2"](optax.adam(0.01), rank=3, metric="base"))
+    assert np.max(np.abs(helpers.flat(by_base) - helpers.flat(plain))) > 1e-3
+
+
+@pytest.mark.parametrize("name", _FACTORIES)
+def test_by_default_the_metric_is_that_of_a_base_which_has_one(name):
+    default, of_base = (
+        _FACTORIES[name](optax.adam(0.01), **options).init(_PARAMS) for options in ({}, {"metric": "base"})
+    )
+    assert jax.tree.structure(default) == jax.tree.structure(of_base)
+    without = _FACTORIES[name](optax.sgd(0.01)).init(_PARAMS)
+    assert without.factors is None
+    assert _FACTORIES[name](optax.adam(0.01), metric=None).init(_PARAMS).factors is None
+    assert _FACTORIES[name](optax.contrib.muon(0.01)).init(_PARAMS).factors is None
+
+
+@pytest.mark.parametrize("base", [dho2.soap, dho2.shampoo], ids=["soap", "shampoo"])
+def test_eigenpairs_in_the_metric_of_a_kronecker_base(base):
+    tx = dho2.dho2(base(1e-4), _loss, rank=3, order=16, tolerance=0.0, refresh_interval=5, metric="base")
+    _, state = _train(tx, 10)
+    metric = metric_lib.KRONECKER
+    half = np.stack(
+        [
+            helpers.flat(metric.half(state.factors.values, helpers.unflatten(row, _PARAMS)))
+            for row in jnp.eye(_SIZE, dtype=jnp.float32)
+        ]
+    )
+    values = np.linalg.eigvalsh(half @ _MATRIX @ half)[::-1][:3]
+    np.testing.assert_allclose(state.spectrum.eigenvalues, values, rtol=2e-3)
+    assert np.abs(half - np.diag(np.diag(half))).max() > 1e-2 * np.abs(half).max()
+
+
+def _whole_leaf_adam():
+    """Adam's metric, told to need whole leaves."""
+    return metric_lib.DIAGONAL._replace(elementwise=False)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+@pytest.mark.parametrize("name", _FACTORIES)
+@pytest.mark.parametrize("options", [{}, {"base_on_segments": False}, {"whole": True}], ids=str)
+def test_segments_give_what_one_device_gives(name, num_devices, options):
+    if (num_devices, name) not in ((8, "dho2"), (2, "mr_dho2")) and options:
+        num_devices = 2  # the other forms once for each optimizer are enough
+    whole = options.get("whole", False)
+    placed = {"mesh": helpers.make_mesh(num_devices), "axis_name": AXIS, "base_on_segments": not (whole or options)}
+    metric = _whole_leaf_adam() if whole else "base"
+    common = {"rank": 3, "order": 8, "tolerance": 0.0}
+    one, _ = _train(_FACTORIES[name](optax.adam(0.01), metric="base", **common), 14, hvp=name == "mr_dho2")
+    tx = _FACTORIES[name](optax.adam(0.01), metric=metric, **placed, **common)
+    many, state = _train(tx, 14, hvp=name == "mr_dho2")
+    np.testing.assert_allclose(helpers.flat(many), helpers.flat(one), rtol=1e-3, atol=1e-4)
+    assert int(dho2.metrics(state)["active_pairs"]) == 3
+
+
+def test_a_metric_of_whole_leaves_needs_the_base_on_whole_leaves():
+    tx = dho2.dho2(
+        optax.adam(0.01), _loss, rank=2, metric=_whole_leaf_adam(), mesh=helpers.make_mesh(2), axis_name=AXIS
+    )
+    with pytest.raises(ValueError, match="base_on_segments=False"):
+        tx.init(_PARAMS)
+
+
+@pytest.mark.parametrize("num_training", [1, 2])
+def test_a_curvature_group_works_in_the_metric_of_the_optimizer(num_training):
+    devices = jax.devices("cpu")
+    placed = {"mesh": helpers.make_mesh(num_training), "axis_name": AXIS} if num_training > 1 else {}
+    options = {"rank": 3, "order": 12, "tolerance": 0.0}
+    tx = dho2.dho2(optax.adam(1e-3), rank=3, refresh_interval=None, metric="base", **placed)
+    group = dho2.CurvatureGroup(_loss, devices=devices[-2:], interval=4, deterministic=True, **options)
+    group.memory(_PARAMS, _BATCH)  # of a program without a metric, which must not be taken for that of the optimizer
+    params, state = _PARAMS, tx.init(_PARAMS)
+    if placed:
+        replicated = jax.sharding.NamedSharding(placed["mesh"], jax.sharding.PartitionSpec())
+        params = jax.device_put(params, replicated)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(_loss)(params, _BATCH), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(14):
+        params, state = step(params, state)
+        state = group.advance(state, params, _BATCH)
+    assert group.metrics()["installed"] >= 2
+    half = np.concatenate(
+        [
+            np.asarray(x, np.float64).ravel()[: p.size]
+            for x, p in zip(jax.tree.leaves(state.factors.values), jax.tree.leaves(_PARAMS), strict=True)
+        ]
+    )
+    assert np.std(half) > 0.1
+    values = np.linalg.eigvalsh(half[:, None] * _MATRIX * half)[::-1][:3]
+    np.testing.assert_allclose(state.spectrum.eigenvalues, values, rtol=2e-3)
+
+
+def test_a_second_moment_that_is_not_finite_rejects_the_refresh():
+    tx = _FACTORIES["dho2"](optax.adam(0.01), rank=2, metric="base")
+    state = tx.init(_PARAMS)
+    spoiled = jax.tree.map(lambda x: x.at[0].set(jnp.nan), optax.tree.get(state, "nu"))
+    state = optax.tree.set(state, nu=spoiled)
+    for _ in range(5):
+        _, state = jax.jit(tx.update)(jax.grad(_loss)(_PARAMS, _BATCH), state, _PARAMS, batch=_BATCH)
+    metrics = dho2.metrics(state)
+    assert (int(metrics["refreshes"]), int(metrics["rejected_refreshes"])) == (0, 1)
+
+
+def test_a_state_with_a_metric_can_be_donated_scanned_and_restored(tmp_path):
+    import orbax.checkpoint as ocp
+
+    tx = _FACTORIES["mr_dho2"](optax.adam(0.01), rank=2, order=5, metric="base")
+    probing = dho2.value_grad_and_hvp(_loss)
+
+    def step(carry, _):
+        params, state = carry
+        _, grads, product = probing(params, state, _BATCH)
+        updates, state = tx.update(grads, state, params, hvp=product)
+        return (optax.apply_updates(params, updates), state), None
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=9)[0], donate_argnums=0)
+    start = lambda: jax.tree.map(jnp.copy, (_PARAMS, tx.init(_PARAMS)))  # noqa: E731
+    half_way = run(start())
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", half_way)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(start))
+    expected, found = run(half_way), run(restored)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
