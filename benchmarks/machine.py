@@ -49,8 +49,18 @@ def describe(argv: Sequence[str]) -> dict[str, Any]:
         },
         "environment": {name: os.environ.get(name) for name in ("XLA_FLAGS", *ALLOCATOR)},
         "commit": commit or "unknown",
-        "command": " ".join(["python", "-m", f"benchmarks.{Path(argv[0]).stem}", *argv[1:]]),
+        "command": " ".join(["python", "-m", _module(argv[0]), *argv[1:]]),
     }
+
+
+def _module(program: str) -> str:
+    """The dotted name of a module of this package, or of a package in it, from the path of its file."""
+    here = Path(__file__).parent
+    path = Path(program).resolve().with_suffix("")
+    if not path.is_relative_to(here):
+        return path.name
+    names = path.relative_to(here.parent).parts
+    return ".".join(names[:-1] if names[-1] == "__main__" else names)
 
 
 def _processor() -> str:

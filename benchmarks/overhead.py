@@ -101,7 +101,14 @@ def measure(repeats: int) -> dict[str, Any]:
     batch = (jax.random.normal(jax.random.key(1), (BATCH_SIZE, SIZES[0])), jnp.arange(BATCH_SIZE) % SIZES[-1])
     grads = jax.jit(jax.grad(loss_fn))(params, batch)
     hybrid = functools.partial(
-        dho2.dho2, optax.adam(1e-3), loss_fn, rank=RANK, order=ORDER, tolerance=0.0, max_residual=jnp.inf
+        dho2.dho2,
+        optax.adam(1e-3),
+        loss_fn,
+        rank=RANK,
+        order=ORDER,
+        tolerance=0.0,
+        max_residual=jnp.inf,
+        metric=None,
     )
     never = Updater(hybrid(refresh_interval=10**8, warmup_steps=10**8), params, grads, batch)
     always = Updater(hybrid(refresh_interval=1), params, grads, batch)

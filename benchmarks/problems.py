@@ -59,7 +59,7 @@ def mlp(folder: str, hidden: Sequence[int] = (256, 128), batch_size: int = 2000)
     """A classifier with ReLU, cross entropy."""
     images, labels = load(folder)
     sizes = (images.shape[1], *hidden, 10)
-    rates = (0.003, 0.01, 0.03)
+    rates = (0.005, 0.01, 0.02, 0.04)
     return Problem(lambda key: init_layers(key, sizes, 2.0), _cross_entropy, (images, labels), batch_size, rates)
 
 
@@ -67,7 +67,7 @@ def autoencoder(folder: str, hidden: Sequence[int] = (256, 64, 16, 64, 256), bat
     """A deep autoencoder with tanh; binary cross entropy, summed over pixels."""
     images, _ = load(folder)
     sizes = (images.shape[1], *hidden, images.shape[1])
-    rates = (0.002, 0.005, 0.01)
+    rates = (0.0025, 0.005, 0.01, 0.02)
     return Problem(lambda key: init_layers(key, sizes, 1.0), _reconstruction, (images,), batch_size, rates)
 
 

@@ -1,6 +1,5 @@
 """The README's code runs as it stands."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -8,12 +7,13 @@ import jax
 
 import dho2_optax as dho2
 from dho2_optax.poc import tasks
+from tests.helpers import python_blocks
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def _blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    return python_blocks(README.read_text())
 
 
 def test_python_blocks_run_in_order(capsys):

@@ -1,0 +1,255 @@
+"""The harness of `benchmarks.target`: rules and arithmetic, and a small study from end to end. No timing is checked."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import machine
+from benchmarks.target import methods, report, tasks, training
+from benchmarks.target.interface import Method, Setting, Trainer
+from benchmarks.target.methods import METHODS, select
+from benchmarks.target.store import Store, best_rate
+from benchmarks.target.study import Study, tune
+
+NUM_STEPS = 24
+BATCH_SIZE = 256
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return tasks.build("digits_mlp", tasks.Sources())
+
+
+@pytest.fixture(scope="module")
+def evaluation(digits):
+    return training.Evaluation(digits)
+
+
+def test_a_best_rate_inside_the_grid_ends_the_search():
+    losses = tune(lambda rate: abs(math.log2(rate)), centre=1.0)
+    assert sorted(losses) == [0.25, 0.5, 1.0, 2.0, 4.0]
+    assert best_rate(losses) == 1.0
+
+
+def test_a_best_rate_at_the_edge_widens_the_grid_until_it_is_inside():
+    assert max(tune(lambda rate: abs(math.log2(rate / 8)), centre=1.0)) == 16.0
+    assert min(tune(lambda rate: abs(math.log2(rate * 8)), centre=1.0)) == 0.0625
+
+
+def test_the_grid_is_widened_four_times_at_most():
+    losses = tune(lambda rate: -rate, centre=1.0)
+    assert len(losses) == 9
+    assert best_rate(losses) == max(losses) == 64.0
+
+
+def test_where_everything_diverges_smaller_rates_are_tried():
+    losses = tune(lambda rate: math.inf if rate > 0.2 else rate, centre=1.0)
+    assert min(losses) == 0.25 / 16
+
+
+def test_the_grid_stays_within_limits():
+    assert sorted(tune(lambda value: value, centre=2, limits=(1, 64))) == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("target", "steps"), [(3.0, 0.0), (2.0, 0.0), (1.5, 5.0), (1.0, 10.0), (0.75, 25.0), (0.5, 30.0), (0.4, None)]
+)
+def test_crossing_interpolates_the_first_time_below(target, steps):
+    assert report.crossing([0, 10, 20, 30], [2.0, 1.0, 1.0, 0.5], target) == steps
+
+
+def test_crossing_is_the_first_of_several():
+    assert report.crossing([0, 10, 20, 30], [2.0, 1.0, 3.0, 1.0], 1.5) == 5.0
+
+
+def _row(losses, shortened=(), status="ok"):
+    run = {"status": status, "steps": [0, 10, 20], "losses": losses, "final_loss": losses[-1]}
+    return report.Row("a", {}, 1.0, {1.0: 0.0}, [run], dict(shortened), 0.5)
+
+
+def test_a_shortened_schedule_counts_where_it_is_sooner_than_the_curve():
+    losses = [4.0, 3.0, 1.0]
+    assert _row(losses).steps_to(1.5) == 17.5
+    assert _row(losses, {10: 2.0, 15: 1.4}).steps_to(1.5) == 15
+    assert _row(losses, {18: 1.4}).steps_to(1.5) == 17.5
+    assert _row(losses, {15: math.inf}).steps_to(0.5) is None
+    assert _row(losses, status="diverged").steps_to(1.5) is None
+
+
+def test_the_schedule_warms_up_from_above_zero_to_the_peak_and_ends_at_zero():
+    setting = Setting(None, 1, 2.0, 100)
+    rates = np.array([float(setting.schedule(count)) for count in range(101)])
+    assert 0 < rates[0] < rates[1]
+    assert rates.argmax() == 5
+    np.testing.assert_allclose([rates[5], rates[100]], [2.0, 0.0], atol=1e-6)
+
+
+def test_curves_have_twenty_points_and_the_start():
+    assert len(training.evaluation_steps(400)) == 21
+    assert training.evaluation_steps(12) == list(range(13))
+
+
+def test_select_takes_names_and_kinds_in_the_order_of_the_registry():
+    assert list(select(["dho2_adam", "sgd"])) == ["sgd", "dho2_adam"]
+    assert {METHODS[name].kind for name in select(["hybrid"])} == {"hybrid"}
+    with pytest.raises(ValueError, match="adm"):
+        select(["adm"])
+
+
+def test_the_command_names_packages_and_modules():
+    here = machine.__file__
+    for file, name in (
+        ("machine.py", "benchmarks.machine"),
+        ("target/__main__.py", "benchmarks.target"),
+        ("target/report.py", "benchmarks.target.report"),
+    ):
+        assert f"python -m {name} --x" == machine.describe([here.replace("machine.py", file), "--x"])["command"]
+
+
+def test_texts_are_cut_in_sequences_that_predict_the_next_character(tmp_path):
+    for name, text in (("b_gut.txt", "xy" * 500), ("a_gut.txt", "ab" * 500), ("metadata.txt", "?")):
+        (tmp_path / name).write_text(text)
+    task = tasks.build("transformer", tasks.Sources(text=str(tmp_path)))
+    characters, following = task.train["characters"], task.train["next"]
+    assert characters.shape == (28, 64)  # of 90% of 2001 characters
+    np.testing.assert_array_equal(characters.ravel()[1:], following.ravel()[:-1])
+    assert task.test["characters"].shape == (3, 64)
+    with pytest.raises(ValueError, match=r"no \*\.txt files"):
+        tasks.build("lstm", tasks.Sources(text=str(tmp_path / "empty")))
+    with pytest.raises(ValueError, match="--text"):
+        tasks.build("lstm", tasks.Sources())
+
+
+def test_a_run_that_diverges_is_data(digits, evaluation):
+    program = training.Program(digits, METHODS["sgd"], BATCH_SIZE)
+    found = training.run(program, evaluation, 1e6, NUM_STEPS, seed=0)
+    assert (found["status"], found["final_loss"], found["test_accuracy"]) == ("diverged", None, None)
+    assert np.all(np.isfinite(found["losses"]))
+
+
+def test_one_compilation_serves_all_rates_lengths_and_seeds(digits, evaluation):
+    """And it gives what the same optimizer gives with plain numbers."""
+    traces = []
+
+    def build(setting):
+        traces.append(setting.rate)
+        return METHODS["sgd"].build(setting)
+
+    once = Method("", "baseline", build, {"default": 0.1})
+    program = training.Program(digits, once, BATCH_SIZE)
+    training.run(program, evaluation, 0.1, 4, seed=0)
+    num_traced = sum(isinstance(rate, jax.core.Tracer) for rate in traces)
+    found = training.run(program, evaluation, 0.2, 8, seed=1)
+    assert sum(isinstance(rate, jax.core.Tracer) for rate in traces) == num_traced
+    again = Method("", "baseline", METHODS["sgd"].build, {"default": 0.1}, compiled="for each rate")
+    expected = training.run(training.Program(digits, again, BATCH_SIZE), evaluation, 0.2, 8, seed=1)
+    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5)
+
+
+def test_a_method_may_compile_itself(digits, evaluation):
+    """As those of other libraries do: its functions see concrete numbers and are called as they are."""
+
+    def build(setting):
+        assert isinstance(setting.rate, float)
+        return Trainer(
+            init=lambda params, batch: (params, 0),
+            step=lambda carry, batch: ((carry[0], carry[1] + 1), setting.task.loss_fn(carry[0], batch)),
+            params=lambda carry: carry[0],
+            products=lambda carry: carry[1],
+        )
+
+    own = Method("", "baseline", build, {"default": 0.1}, compiled="by itself")
+    found = training.run(training.Program(digits, own, BATCH_SIZE), evaluation, 0.1, 3, seed=0)
+    assert found["products"] == 3
+    assert len(set(found["losses"])) == 1
+
+
+def test_a_study_resumes_and_is_reported(digits, tmp_path):
+    folder = tmp_path / "results" / f"digits_mlp_{BATCH_SIZE}"
+    log = []
+    registry = {"sgd": METHODS["sgd"], "dho2_sgd": methods._dho2("sgd", rank=2, order=4, refresh_interval=10)}
+
+    def study(*names):
+        return Study(
+            digits,
+            {name: registry[name] for name in names},
+            BATCH_SIZE,
+            NUM_STEPS,
+            Store(folder),
+            seeds=2,
+            log=log.append,
+        )
+
+    study("dho2_sgd").final()
+    study("sgd").all(chunk=2, repeats=1)
+    files = {path.name: json.loads(path.read_text()) for path in folder.iterdir()}
+    assert set(files) == {"sgd.json", "dho2_sgd.json", "_timing.json"}
+    assert set(files["_timing.json"]["methods"]) == {"sgd"}
+    lengths = [run["num_steps"] for run in files["dho2_sgd.json"]["runs"].values() if run["seed"] == 1]
+    assert sorted(lengths) == [12, 16, 24]
+    assert all(run["products"] > 0 for run in files["dho2_sgd.json"]["runs"].values() if run["status"] == "ok")
+
+    log.clear()
+    study("dho2_sgd").final()
+    study("sgd").all(chunk=2, repeats=1)
+    assert log == []
+    key = next(iter(files["sgd.json"]["runs"]))
+    del files["sgd.json"]["runs"][key]
+    (folder / "sgd.json").write_text(json.dumps(files["sgd.json"]))
+    study("sgd", "dho2_sgd").final()
+    assert len(log) == 1
+
+    summary = report.summarize(Store(folder))
+    assert [row.method for row in summary.rows] == ["sgd", "dho2_sgd"]
+    sgd = summary.rows[0]
+    assert sgd.steps_to(sgd.loss) <= NUM_STEPS
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    page = report.write(tmp_path / "results", docs).read_text()
+    assert f"## digits_mlp, batch {BATCH_SIZE}" in page
+    assert "to SGD's loss" in page
+    assert "1.00x" in page
+    assert (docs / f"benchmarks_digits_mlp_{BATCH_SIZE}.png").stat().st_size > 0
+
+
+def test_gains_by_batch_size_are_steps_and_seconds_to_the_loss_of_adam():
+    def row(method, kind, losses, seconds):
+        run = {"status": "ok", "steps": [0, 10, 20], "losses": losses}
+        return report.Row(method, {"kind": kind, "batch_size": 64}, 1.0, {1.0: 0.0}, [run], {}, seconds)
+
+    adam = row("adam", "baseline", [2.0, 1.5, 1.0], 0.1)
+    fast, slow = row("dho2_adam", "hybrid", [2.0, 1.0, 0.5], 0.16), row("mr_dho2_adam", "hybrid", [2.0, 1.5, 1.2], 0.1)
+    summary = report.Summary("a_64", 20, [adam, fast, slow], {"Adam's loss": adam})
+    lines = report.by_batch_size([summary, summary._replace(rows=[adam])]).splitlines()
+    assert lines[2] == "| 64 | 1 | 0.5 | 2.00x in steps, 1.25x in time | 1.2 | not reached |"
+    assert lines[3] == "| 64 | 1 | - | - | - | - |"
+
+
+def test_results_of_other_options_are_not_mixed(tmp_path):
+    store = Store(tmp_path)
+    made = {"status": "ok", "final_loss": 1.0}
+    store.run("a", {"options": {"rank": 8}}, lambda *_: made, 0.1, 10, 0)
+    with pytest.raises(ValueError, match="other options"):
+        store.run("a", {"options": {"rank": 4}}, lambda *_: made, 0.1, 10, 0)
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.kind != "ablation" and m.compiled != "by itself"])
+def test_every_method_can_be_traced_with_the_rate_it_is_given(digits, name):
+    """Nothing is compiled: shapes and types of the carry must come out as they went in."""
+    method = METHODS[name]
+    params = jax.eval_shape(digits.init, jax.random.key(0))
+    batch = jax.eval_shape(lambda: jax.tree.map(lambda x: jax.numpy.asarray(x[:BATCH_SIZE]), digits.train))
+    numbers = (0.01, 100) if method.compiled == "once" else ()
+
+    def step(params, batch, *numbers):
+        trainer = method.build(Setting(digits, BATCH_SIZE, *(numbers or (method.centre("digits_mlp"), 100))))
+        carry = trainer.init(params, batch)
+        return carry, trainer.step(carry, batch)
+
+    before, (after, loss) = jax.eval_shape(step, params, batch, *numbers)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
+    assert loss.shape == ()
