@@ -1,7 +1,7 @@
 """The methods that are compared, by name.
 
 All are given the same schedule, `Setting.schedule`, and tuned by the same rule. Hybrids make their curvature products
-on the first quarter of the batch, but at least 256 samples of it; option ``curvature_batch_size`` changes that. The
+on the first eighth of the batch, but at least 256 samples of it; option ``curvature_batch_size`` changes that. The
 first refresh of `dho2` is when the learning rate is at its peak.
 
 An ablation with ``rank=0`` is missing because it is the base alone.
@@ -173,7 +173,7 @@ def _products(state: Any) -> Any:
 
 
 def _curvature_batch_size(batch_size: int, wanted: int | None) -> int:
-    return min(batch_size, max(batch_size // 4, _MIN_CURVATURE_BATCH) if wanted is None else wanted)
+    return min(batch_size, max(batch_size // 8, _MIN_CURVATURE_BATCH) if wanted is None else wanted)
 
 
 def _dho2(
