@@ -80,7 +80,7 @@ def random_vector(seed: jax.Array, like: Vector, axis_name: str | None) -> Vecto
 
     draws = [draw(i, x, at) for i, (x, at) in enumerate(zip(leaves, places, strict=True))]
     vector = treedef.unflatten(draws)
-    return vectors.scale(1 / vectors.norm(vector, axis_name), vector)
+    return vectors.scale(1 / vectors.norm(vector, segments.bound_axis(axis_name)), vector)
 
 
 def _hash(x: jax.Array) -> jax.Array:
@@ -104,7 +104,7 @@ def restart(state: LanczosState, vector: Vector, *, seed: jax.Array, axis_name: 
 
 def _begin(basis: Stack, order: int, vector: Vector, seed: jax.Array, axis_name: str | None) -> LanczosState:
     number = vectors.accumulation_dtype(basis)
-    unit = vectors.scale(1 / vectors.norm(vector, axis_name), vector)
+    unit = vectors.scale(1 / vectors.norm(vector, segments.bound_axis(axis_name)), vector)
     # No array stands for two fields: a state with shared buffers could not be donated.
     return LanczosState(
         basis=vectors.set_row(basis, 0, unit),

@@ -35,6 +35,11 @@ def bound_axis_size(axis_name: str) -> int | None:
         return None
 
 
+def bound_axis(axis_name: str | None) -> str | None:
+    """`axis_name` where it is bound; None where it is not, since sums over a global view need no communication."""
+    return None if axis_name is None or bound_axis_size(axis_name) is None else axis_name
+
+
 def padded_size(size: int, num_devices: int) -> int:
     """The length of a leaf of `size` numbers once padded; even an empty leaf has a segment on every device.
 
@@ -77,8 +82,9 @@ def split(tree: Vector, axis_name: str | None) -> Vector:
 def positions(like: Vector, axis_name: str | None) -> Vector:
     """The place in its flattened leaf of every number this device holds, as uint32; past the end for padding.
 
-    `like` is a whole vector; the result is in segment form.
+    `like` is a whole vector; the result is in segment form, and where `axis_name` is not bound its global view.
     """
+    bound = bound_axis(axis_name)
 
     def whole(x: jax.Array) -> jax.Array:
         # The zeros carry the sharding of `x` along.
@@ -86,9 +92,11 @@ def positions(like: Vector, axis_name: str | None) -> Vector:
         return index + jnp.zeros_like(x, dtype=jnp.uint32)
 
     def segment(x: jax.Array) -> jax.Array:
-        num_devices = bound_axis_size(axis_name or "") or 1
+        if bound is None:
+            return lax.iota(jnp.uint32, padded_size(x.size, 1))
+        num_devices = lax.axis_size(bound)
         length = padded_size(x.size, num_devices) // num_devices
-        first = lax.axis_index(axis_name).astype(jnp.uint32) * jnp.uint32(length)
+        first = lax.axis_index(bound).astype(jnp.uint32) * jnp.uint32(length)
         return first + lax.iota(jnp.uint32, length)
 
     return jax.tree.map(whole if axis_name is None else segment, like)

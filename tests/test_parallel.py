@@ -182,6 +182,14 @@ def test_abstract_init_on_a_mesh_and_with_an_axis():
     assert real.spectrum.eigenvectors["a"].shape == (2, 256)
 
 
+@pytest.mark.parametrize("factory", [dho2.dho2, dho2.mr_dho2])
+def test_init_outside_of_shard_map_is_the_global_view_of_the_state(factory):
+    tx = factory(optax.adam(0.1), rank=2, axis_name=AXIS)
+    specs = dho2.state_specs(tx.init, START, AXIS)
+    inside = jax.shard_map(tx.init, mesh=make_mesh(_NUM_DEVICES), in_specs=P(), out_specs=specs)(_params())
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), tx.init(START), inside)
+
+
 def test_map_params_on_a_mesh():
     tx, _ = _mesh_step()
     state = tx.init(_params())
