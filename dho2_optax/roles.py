@@ -25,7 +25,6 @@ from dho2_optax.refresh import Solver, carrier, in_metric, install, is_sound, wa
 from dho2_optax.state import DHO2State, find_state, replace_state
 from dho2_optax.subspace import Damping
 
-_AXIS = "curvature"
 _POLL_SECONDS = 0.1
 
 _Found = tuple[Spectrum, bool, int]  # in segments over the group; whether all numbers were finite; products made
@@ -107,6 +106,8 @@ class CurvatureGroup:
         later, waiting for it if need be. Then two runs give the same parameters bit for bit.
       timeout: seconds after which a process counts as stalled and is given up, compilation apart. No other is
         launched before it has ended after all.
+      axis_name: what the axis of the group's devices is called, for a `loss_fn` that averages over them, as one with
+        BatchNorm does.
 
     Raises:
       ValueError: for options out of range, and in :meth:`advance` for an optimizer of another rank, or a batch that the
@@ -152,6 +153,7 @@ class CurvatureGroup:
         interval: int = 100,
         deterministic: bool = False,
         timeout: float = 60.0,
+        axis_name: str = "curvature",
     ) -> None:
         """See the class."""
         eigensolver.check_selection(rank, num_smallest, order, select)
@@ -165,6 +167,8 @@ class CurvatureGroup:
             raise ValueError(f"`devices` must be a non-empty list of jax devices, got {devices!r}.")
         if len(set(devices)) != len(devices):
             raise ValueError(f"`devices` must all be different, got {devices!r}.")
+        if not isinstance(axis_name, str):
+            raise ValueError(f"`axis_name` must be a string, got {axis_name!r}.")
         if not isinstance(interval, int) or interval < 1:
             raise ValueError(f"`interval` must be a positive int, got {interval!r}.")
         if not timeout > 0:
@@ -187,11 +191,12 @@ class CurvatureGroup:
             max_residual=max_residual,
             damping=Damping(floor, damping),
             basis_dtype=basis_dtype,
-            axis_name=_AXIS,
+            axis_name=axis_name,
             start=warm_start,
         )
         self._operator = operator
-        self._mesh = Mesh(np.array(devices), (_AXIS,))
+        self._axis_name = axis_name
+        self._mesh = Mesh(np.array(devices), (axis_name,))
         self._interval = interval
         self._deterministic = deterministic
         self._timeout = timeout
@@ -344,7 +349,7 @@ class CurvatureGroup:
             shardings = jax.tree.map(lambda x: x.sharding, ours.factors)
             self._read = jax.jit(read, out_shardings=(shardings, ours.spectrum.eigenvalues.sharding))
         new, whole = self._read(ours.factors, ours.base_state, params)
-        return new, Factors(self._snapshot(whole), new.metric, _AXIS, segmented_base=False)
+        return new, Factors(self._snapshot(whole), new.metric, self._axis_name, segmented_base=False)
 
     def _snapshot(self, params: Any) -> Any:
         """A copy of the parameters on every device of the group; waits for nothing if they are replicated."""
@@ -361,7 +366,7 @@ class CurvatureGroup:
         return jax.tree.map(lambda x: copy(jnp.asarray(x)), params)
 
     def _place(self, batch: Any) -> Any:
-        specs = batch_specs(batch, self._mesh, _AXIS)
+        specs = batch_specs(batch, self._mesh, self._axis_name)
         return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(self._mesh, spec)), batch, specs)
 
     def _shard_map(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
@@ -369,14 +374,14 @@ class CurvatureGroup:
 
     def _spectrum_specs(self, params: Any) -> Spectrum:
         whole: Any = PartitionSpec()
-        split = PartitionSpec(None, _AXIS)
+        split = PartitionSpec(None, self._axis_name)
         return Spectrum(whole, jax.tree.map(lambda _: split, params), whole, whole)
 
     def _empty(self, params: Any) -> Spectrum:
         solver = self._solver
 
         def empty(params: Any) -> Spectrum:
-            like = segments.split(params, _AXIS)
+            like = segments.split(params, self._axis_name)
             return eigensolver.zero_spectrum(solver.num_pairs, like, solver.basis_dtype)
 
         return jax.jit(self._shard_map(empty, PartitionSpec(), self._spectrum_specs(params)))(params)
@@ -392,13 +397,13 @@ class CurvatureGroup:
             params: Any, batch: Any, old: Spectrum, old_factors: Any, factors: Any, count: jax.Array
         ) -> tuple[Spectrum, jax.Array, jax.Array]:
             before, now = (geometry(x and split(x), params) for x in (old_factors, factors))
-            matvec = in_metric(curvature_lib.segmented_matvec(operator, params, batch, _AXIS), now)
+            matvec = in_metric(curvature_lib.segmented_matvec(operator, params, batch, self._axis_name), now)
             process = solver.run(matvec, old, count, params, carrier(before, now))
             new = solver.publish(process)
             return new, is_sound(process, new), process.count
 
         whole, spectrum = PartitionSpec(), self._spectrum_specs(params)
-        in_specs = (whole, batch_specs(batch, self._mesh, _AXIS), spectrum, whole, whole, whole)
+        in_specs = (whole, batch_specs(batch, self._mesh, self._axis_name), spectrum, whole, whole, whole)
         mapped = jax.jit(self._shard_map(solve, in_specs, (spectrum, whole, whole)))
 
         def abstract(tree: Any, specs: Any) -> Any:

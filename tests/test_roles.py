@@ -277,6 +277,17 @@ def test_options_reach_the_solver():
     np.testing.assert_allclose(dho2.spectrum(signed.state).eigenvalues, [3, 4, 9], atol=1e-3)
 
 
+def test_a_product_may_average_over_the_named_axis():
+    def product(params, vector, batch):
+        return _product(params, vector, jax.lax.psum(batch / 2, "group"))
+
+    run = _Quadratic(product, group_size=2, deterministic=True, axis_name="group")
+    for _ in range(6):
+        run.step()
+    assert run.metrics["installed"] == 1
+    _assert_true_pairs(dho2.spectrum(run.state))
+
+
 def test_a_warm_up_compiles_and_changes_nothing():
     traced = []
 
@@ -316,6 +327,7 @@ def test_memory_of_the_group_falls_with_its_size():
         ({"devices": [0]}, "`devices`"),
         ({"interval": 0}, "`interval`.*positive.*0"),
         ({"timeout": 0.0}, "`timeout`.*positive"),
+        ({"axis_name": None}, "`axis_name`.*string.*None"),
         ({"rank": 0}, "`rank`"),
         ({"tolerance": -1.0}, "`tolerance`.*non-negative.*-1"),
         ({"curvature": None}, "`loss_fn` or `curvature`"),
