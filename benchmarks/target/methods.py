@@ -253,6 +253,10 @@ METHODS: dict[str, Method] = {
     "dho2_adam_unscaled": _dho2("adam", "the base not scaled", base_scale_limit=1.0),
     "dho2_adam_no_metric": _dho2("adam", "no metric", metric=None),
     "dho2_adam_unbounded": _dho2("adam", "FOSI's rule of scale", sharpness_limit=float("inf"), base_scale_growth=1e9),
+    "dho2_adam_rank4": _dho2("adam", "rank 4", rank=4, order=8),
+    "dho2_adam_rank16": _dho2("adam", "rank 16", rank=16, order=32),
+    "dho2_adam_interval50": _dho2("adam", "a refresh every 50 updates", refresh_interval=50),
+    "dho2_adam_interval200": _dho2("adam", "a refresh every 200 updates", refresh_interval=200),
     "dho2_adam_order4": _dho2("adam", "order 4 * rank", order=4 * _DHO2["rank"]),
     "dho2_adam_decay": _dho2("adam", "alpha follows the schedule", decay_alpha=0.1),
 }
