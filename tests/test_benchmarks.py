@@ -202,6 +202,18 @@ def test_a_study_resumes_and_is_reported(digits, tmp_path):
     study("sgd", "dho2_sgd").final()
     assert len(log) == 1
 
+    # The grid of one seed holds both rates, the two other seeds are new.
+    before = len(Store(folder).runs("dho2_sgd"))
+    rate = report.summarize(Store(folder)).rows[0].rate
+    study("dho2_sgd").robust()
+    runs = Store(folder).runs("dho2_sgd").values()
+    assert len(runs) > before
+    for factor in (1, 2):
+        assert {0, 1} <= {run["seed"] for run in runs if run["rate"] == factor * rate}
+    counted = [run for run in runs if run["rate"] <= 2 * rate and run["num_steps"] == NUM_STEPS]
+    failed = sum(run["status"] != "ok" for run in counted)
+    assert f"| dho2_sgd | {rate:g} | {len(counted)} | {failed} | " in report.robustness([folder])
+
     summary = report.summarize(Store(folder))
     assert [row.method for row in summary.rows] == ["sgd", "dho2_sgd"]
     sgd = summary.rows[0]

@@ -34,7 +34,7 @@ def main() -> None:
         default=["hybrid"],
         help="kinds that are also trained with schedules of 1/2 and 2/3 of the length (default: hybrid)",
     )
-    parser.add_argument("--phase", choices=("all", "tune", "final", "time", "report"), default="all")
+    parser.add_argument("--phase", choices=("all", "tune", "final", "robust", "time", "report"), default="all")
     parser.add_argument("--chunk", type=int, default=100, help="steps in a chunk that is timed")
     parser.add_argument("--repeats", type=int, default=5, help="chunks that are timed")
     parser.add_argument("--data", default=tasks.FASHION_MNIST, help="folder of the four IDX files of Fashion-MNIST")
@@ -59,6 +59,7 @@ def main() -> None:
             "all": lambda: study.all(**timing),
             "tune": study.tune,
             "final": study.final,
+            "robust": study.robust,
             "time": lambda: study.time(**timing),
         }
         phases[arguments.phase]()

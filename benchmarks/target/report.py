@@ -204,6 +204,35 @@ def _gain(row: Row, target: Row) -> str:
     return f"{gain}, {own * target.seconds_per_step / (steps * row.seconds_per_step):.2f}x in time"
 
 
+def robustness(folders: Sequence[Path]) -> str:
+    """A Markdown table: how many runs diverged at up to twice the best rate of the base, of hybrids and of the base.
+
+    All runs of full length count, those that tuned a method too.
+    """
+    lines = [
+        ["task and batch", "method", "best rate of the base", "runs at up to twice that", "diverged", "base alone"]
+    ]
+    lines.append(["---"] * len(lines[0]))
+    for folder in folders:
+        store = Store(folder)
+        num_steps = summarize(store).num_steps
+        for method in (name for name in registry.METHODS if name in store.methods):
+            head = store.head(method)
+            base = head["options"].get("base")
+            tuning = tuning_runs(store.runs(base), num_steps) if base else {}
+            if head["kind"] != "hybrid" or not tuning:
+                continue
+            rate = best_rate(tuning)
+            runs, of_base = (
+                [run for run in store.runs(name).values() if run["rate"] <= 2 * rate and run["num_steps"] == num_steps]
+                for name in (method, base)
+            )
+            failed, base_failed = (sum(run["status"] != "ok" for run in found) for found in (runs, of_base))
+            alone = f"{base_failed} of {len(of_base)}"
+            lines.append([folder.name, method, f"{rate:g}", f"{len(runs)}", f"{failed}", alone])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
 def plot(summary: Summary, path: Path) -> None:
     """Training loss against seconds, or against steps where no method was timed; no ablations."""
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -261,6 +290,7 @@ def write(results: Path, docs: Path) -> Path:
     for task, summaries in by_task.items():
         if len(summaries) > 1:
             parts += [f"## {task}, gain on Adam by batch size\n", by_batch_size(summaries)]
+    parts += ["## Up to twice the best rate of the base\n", robustness(sorted(folders, key=_place))]
     page = docs / "benchmarks.md"
     page.write_text("\n".join(parts))
     return page

@@ -88,6 +88,19 @@ class Study:
                 for seed in range(self._seeds):
                     self._run(name, program, rate, num_steps, seed)
 
+    def robust(self) -> None:
+        """Trains each method at the best rate of its base, or of its own, and at twice that, with all seeds.
+
+        Only methods whose base has been tuned.
+        """
+        for name, method in self._methods.items():
+            tuned = tuning_runs(self._store.runs(method.options.get("base", name)), self._num_steps)
+            if tuned:
+                program = self._program(name)
+                for rate in (best_rate(tuned), 2 * best_rate(tuned)):
+                    for seed in range(self._seeds):
+                        self._run(name, program, rate, self._num_steps, seed)
+
     def time(self, **options: Any) -> None:
         """Measures the step times of all methods, together, at the best rates known so far."""
         programs = {}
