@@ -283,7 +283,8 @@ def _restart_run(problem: Problem, exact_batch: Any, seed: int, variants: dict[s
                     latest[name] = found
             probes += 1
             if probes % ORDER == 0 and probes // ORDER > 4:
-                true = _exact_eigenvalues(problem, params, exact_batch)
+                euclidean = jax.tree.map(jnp.ones_like, params)
+                true = _exact_eigenvalues(problem, params, euclidean, exact_batch)
                 row: dict[str, Any] = {"seed": seed, "updates": count}
                 for name, vectors in latest.items():
                     spectrum = dho2.Spectrum(
@@ -292,7 +293,7 @@ def _restart_run(problem: Problem, exact_batch: Any, seed: int, variants: dict[s
                         jnp.zeros(RANK),
                         jnp.ones(RANK, bool),
                     )
-                    row[name] = _share(problem, params, exact_batch, spectrum, true)
+                    row[name] = _share(problem, params, euclidean, exact_batch, spectrum, true)
                 print(row, flush=True)
                 yield row
             if probes // ORDER == 8:
