@@ -121,7 +121,7 @@ def _captured_run(problem: Problem, exact_batch: Any, seed: int, num_cycles: int
         jax.tree.map(lambda x, i=i: jax.random.normal(jax.random.key(1000 + i), x.shape) / 300, params)
         for i in itertools.count()
     )
-    half = state.factors.values
+    half = jax.tree.map(jnp.copy, state.factors.values)  # the step donates the state
     synchronous = solve(params, half, next(problems.batches(problem, seed)), next(noises))
     published = 0
     # Every fourth cycle is looked at: the reference takes minutes.
@@ -131,7 +131,7 @@ def _captured_run(problem: Problem, exact_batch: Any, seed: int, num_cycles: int
         if int(metrics["cycle_probes"]) < ORDER or int(metrics["age"]) != 1:
             continue
         published += 1
-        used = state.factors.values
+        used = jax.tree.map(jnp.copy, state.factors.values)
         if published % 4 == 0:
             true = _exact_eigenvalues(problem, params, used, exact_batch)
             fresh = solve(params, used, batch, warm(synchronous, next(noises)))
