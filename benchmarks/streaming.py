@@ -39,6 +39,12 @@ _CAPTURED_SETTINGS = (
     ("hybrid training", 512, {"probe_interval": 4}),
     ("hybrid training, a probe every step", 2048, {"probe_interval": 1}),
     ("the base's own steps outside of the subspace", 512, {"probe_interval": 4, "base_scale_limit": 1.0}),
+    ("hybrid training, the Hessian itself", 512, {"probe_interval": 4, "metric": None}),
+    (
+        "the base's own steps outside of the subspace, the Hessian itself",
+        512,
+        {"probe_interval": 4, "metric": None, "base_scale_limit": 1.0},
+    ),
 )
 RESULTS = Path(__file__).parent / "results"
 
@@ -121,7 +127,14 @@ def _captured_run(problem: Problem, exact_batch: Any, seed: int, num_cycles: int
         jax.tree.map(lambda x, i=i: jax.random.normal(jax.random.key(1000 + i), x.shape) / 300, params)
         for i in itertools.count()
     )
-    half = jax.tree.map(jnp.copy, state.factors.values)  # the step donates the state
+
+    def metric_of(state: Any) -> Any:
+        """P^1/2, ones without a metric; a copy, since the step donates the state."""
+        if state.factors is None:
+            return jax.tree.map(jnp.ones_like, params)
+        return jax.tree.map(jnp.copy, state.factors.values)
+
+    half = metric_of(state)
     synchronous = solve(params, half, next(problems.batches(problem, seed)), next(noises))
     published = 0
     # Every fourth cycle is looked at: the reference takes minutes.
@@ -131,7 +144,7 @@ def _captured_run(problem: Problem, exact_batch: Any, seed: int, num_cycles: int
         if int(metrics["cycle_probes"]) < ORDER or int(metrics["age"]) != 1:
             continue
         published += 1
-        used = jax.tree.map(jnp.copy, state.factors.values)
+        used = metric_of(state)
         if published % 4 == 0:
             true = _exact_eigenvalues(problem, params, used, exact_batch)
             fresh = solve(params, used, batch, warm(synchronous, next(noises)))
