@@ -51,8 +51,13 @@ def describe(argv: Sequence[str]) -> dict[str, Any]:
         },
         "environment": {name: os.environ.get(name) for name in ("XLA_FLAGS", *ALLOCATOR)},
         "commit": commit or "unknown",
-        "command": " ".join(["python", "-m", _module(argv[0]), *argv[1:]]),
+        "command": " ".join(["python", "-m", _module(argv[0]), *map(_shown, argv[1:])]),
     }
+
+
+def _shown(argument: str) -> str:
+    """An argument of the command line; of a path of this machine alone, its last part."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _module(program: str) -> str:
