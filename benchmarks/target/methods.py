@@ -181,24 +181,33 @@ def _dho2(
     note: str = "",
     *,
     curvature_batch_size: int | None = None,
+    curvature_samples: int | None = None,
     decay_alpha: float | None = None,
     **options: Any,
 ) -> Method:
     """`dho2` on a base; `decay_alpha` is a peak of `alpha`, which then follows the schedule of the base.
 
-    The first refresh is when the learning rate is at its peak.
+    `curvature_samples` makes the products on so many training samples, always the same, instead of on the batch. The
+    first refresh is when the learning rate is at its peak.
     """
     options = {**_DHO2, **options}
 
     def build(setting: Setting) -> Trainer:
         loss_fn = setting.task.loss_fn
-        operator = dho2.hessian(loss_fn, batch_size=_curvature_batch_size(setting.batch_size, curvature_batch_size))
+        if curvature_samples is None:
+            operator = dho2.hessian(loss_fn, batch_size=_curvature_batch_size(setting.batch_size, curvature_batch_size))
+        else:
+            fixed = jax.tree.map(lambda x: x[:curvature_samples], setting.task.train)
+            of_fixed = dho2.hessian(loss_fn)
+            operator = lambda params, vector, batch: of_fixed(params, vector, fixed)  # noqa: E731
         alpha = {} if decay_alpha is None else {"alpha": lambda count: decay_alpha * setting.shape(count)}
         warmup_steps = jnp.maximum(setting.warmup_steps, 1).astype(int)
         tx = dho2.dho2(BASES[base](setting.schedule), curvature=operator, warmup_steps=warmup_steps, **options, **alpha)
         return _trainer(tx, _gradients(loss_fn, _with_batch), _products)
 
     stored = {"base": base, "curvature_batch_size": curvature_batch_size, "decay_alpha": decay_alpha, **options}
+    if curvature_samples is not None:
+        stored["curvature_samples"] = curvature_samples
     stored["warmup_steps"] = "those of the learning rate"
     return Method(
         f"dho2 on {base}{note and ', ' + note}",
@@ -258,6 +267,8 @@ METHODS: dict[str, Method] = {
     "dho2_adam_interval50": _dho2("adam", "a refresh every 50 updates", refresh_interval=50),
     "dho2_adam_interval200": _dho2("adam", "a refresh every 200 updates", refresh_interval=200),
     "dho2_adam_order4": _dho2("adam", "order 4 * rank", order=4 * _DHO2["rank"]),
+    "dho2_adam_curvature128": _dho2("adam", "products on 128 samples", curvature_batch_size=128),
+    "dho2_adam_curvature8192": _dho2("adam", "products on the same 8192 samples always", curvature_samples=8192),
     "dho2_adam_decay": _dho2("adam", "alpha follows the schedule", decay_alpha=0.1),
 }
 """By name, in the order of the report."""
