@@ -263,8 +263,8 @@ Losses are means over the seeds, with their standard deviation, on a fixed part 
 steps to the mean final loss of another method, the seconds they take, and how many times faster that is than the method
 that set the target: the first crossing of the mean curve or, where it is sooner, the shortest schedule of 1/2
 or 2/3 of the length that ends at the target or below, for methods that were trained with such. A method of which a seed
-diverged counts as not reaching. Step times were taken alone, all methods of a task in turns in one process, compilation
-excluded.
+diverged counts as not reaching. Step times were taken alone, several methods of a task in turns in one process (which
+ones, `_timing.json` of the task says), compilation excluded.
 """
 
 
