@@ -206,7 +206,7 @@ def _dho2(
         return _trainer(tx, _gradients(loss_fn, _with_batch), _products)
 
     stored = {"base": base, "curvature_batch_size": curvature_batch_size, "decay_alpha": decay_alpha, **options}
-    if curvature_samples is not None:
+    if curvature_samples is not None:  # else absent: stored results are found by their options, older ones without it
         stored["curvature_samples"] = curvature_samples
     stored["warmup_steps"] = "those of the learning rate"
     return Method(
