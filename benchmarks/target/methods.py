@@ -1,8 +1,8 @@
 """The methods that are compared, by name.
 
 All are given the same schedule, `Setting.schedule`, and tuned by the same rule. Hybrids make their curvature products
-on the first eighth of the batch, but at least 256 samples of it; option ``curvature_batch_size`` changes that. The
-first refresh of `dho2` is when the learning rate is at its peak.
+on the first eighth of the batch, but on as many samples of it as hold 256 predictions; option ``curvature_batch_size``
+changes that. The first refresh of `dho2` is when the learning rate is at its peak.
 
 An ablation with ``rank=0`` is missing because it is the base alone.
 
@@ -24,7 +24,7 @@ import dho2_optax as dho2
 from benchmarks.target.interface import Method, Setting, Trainer
 
 _MOMENTUM = 0.9
-_MIN_CURVATURE_BATCH = 256
+_MIN_CURVATURE_PREDICTIONS = 256
 _HYBRID = {"rank": 8, "order": 16}
 _DHO2 = {**_HYBRID, "refresh_interval": 100}
 _MR_DHO2 = {**_HYBRID, "probe_interval": 4}
@@ -172,8 +172,9 @@ def _products(state: Any) -> Any:
     return dho2.metrics(state)["matvecs"]
 
 
-def _curvature_batch_size(batch_size: int, wanted: int | None) -> int:
-    return min(batch_size, max(batch_size // 8, _MIN_CURVATURE_BATCH) if wanted is None else wanted)
+def _curvature_batch_size(setting: Setting, wanted: int | None) -> int:
+    least = -(-_MIN_CURVATURE_PREDICTIONS // setting.task.predictions)
+    return min(setting.batch_size, max(setting.batch_size // 8, least) if wanted is None else wanted)
 
 
 def _dho2(
@@ -195,7 +196,7 @@ def _dho2(
     def build(setting: Setting) -> Trainer:
         loss_fn = setting.task.loss_fn
         if curvature_samples is None:
-            operator = dho2.hessian(loss_fn, batch_size=_curvature_batch_size(setting.batch_size, curvature_batch_size))
+            operator = dho2.hessian(loss_fn, batch_size=_curvature_batch_size(setting, curvature_batch_size))
         else:
             fixed = jax.tree.map(lambda x: x[:curvature_samples], setting.task.train)
             of_fixed = dho2.hessian(loss_fn)
@@ -224,7 +225,7 @@ def _mr_dho2(base: str, note: str = "", *, curvature_batch_size: int | None = No
 
     def build(setting: Setting) -> Trainer:
         loss_fn = setting.task.loss_fn
-        size = _curvature_batch_size(setting.batch_size, curvature_batch_size)
+        size = _curvature_batch_size(setting, curvature_batch_size)
         probing = dho2.value_grad_and_hvp(loss_fn, batch_size=size if size < setting.batch_size else None)
 
         def gradients(params: Any, state: Any, batch: Any) -> tuple[Any, Any, dict[str, Any]]:

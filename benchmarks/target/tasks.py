@@ -35,10 +35,12 @@ class Target(Task):
 
     Attributes:
       num_eval: so many training samples, the first ones, are what the training loss is measured on.
+      predictions: in one sample; every character of a sequence is one.
       test_loss_fn: maps (parameters, batch) to the mean loss in tests, where that is not `loss_fn`.
     """
 
     num_eval: int = 10_000
+    predictions: int = 1
     test_loss_fn: Callable[[Any, Any], jax.Array] | None = None
 
 
@@ -168,7 +170,8 @@ def _text(name: str, sources: Sources, make_model: Callable[[int], nn.Module]) -
         cut(characters[:split]),
         cut(characters[split:]),
         lambda params, batch: _share_right(logits(params, batch), batch["next"]),
-        num_eval=1000,  # sequences, of 64 characters
+        num_eval=1000,
+        predictions=_SEQUENCE,
     )
 
 
