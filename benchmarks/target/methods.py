@@ -22,6 +22,7 @@ from optax import contrib
 
 import dho2_optax as dho2
 from benchmarks.target.interface import Method, Setting, Trainer
+from benchmarks.target.safeguards import SAFEGUARDS
 
 _MOMENTUM = 0.9
 _MIN_CURVATURE_PREDICTIONS = 256
@@ -164,8 +165,8 @@ def _fosi(base: str, **options: Any) -> Method:
 
 
 def _with_batch(batch: Any, loss: Any, grads: Any) -> dict[str, Any]:
-    del loss, grads
-    return {"batch": batch}
+    del grads
+    return {"batch": batch, "value": loss}  # the loss is for safeguards; bases let it pass
 
 
 def _products(state: Any) -> Any:
@@ -184,13 +185,16 @@ def _dho2(
     curvature_batch_size: int | None = None,
     curvature_samples: int | None = None,
     decay_alpha: float | None = None,
+    safeguard: str | None = None,
     **options: Any,
 ) -> Method:
     """`dho2` on a base; `decay_alpha` is a peak of `alpha`, which then follows the schedule of the base.
 
-    `curvature_samples` makes the products on so many training samples, always the same, instead of on the batch. The
-    first refresh is when the learning rate is at its peak.
+    `curvature_samples` makes the products on so many training samples, always the same, instead of on the batch;
+    `safeguard` names one of `benchmarks.target.safeguards`. The first refresh is when the learning rate is at its peak.
     """
+    if safeguard is not None:
+        note = SAFEGUARDS[safeguard][0]
     options = {**_DHO2, **options}
 
     def build(setting: Setting) -> Trainer:
@@ -203,12 +207,18 @@ def _dho2(
             operator = lambda params, vector, batch: of_fixed(params, vector, fixed)  # noqa: E731
         alpha = {} if decay_alpha is None else {"alpha": lambda count: decay_alpha * setting.shape(count)}
         warmup_steps = jnp.maximum(setting.warmup_steps, 1).astype(int)
-        tx = dho2.dho2(BASES[base](setting.schedule), curvature=operator, warmup_steps=warmup_steps, **options, **alpha)
+
+        def make(**given: Any) -> optax.GradientTransformationExtraArgs:
+            given = {"curvature": operator, "warmup_steps": warmup_steps, **options, **alpha, **given}
+            return dho2.dho2(BASES[base](setting.schedule), **given)
+
+        tx = make() if safeguard is None else SAFEGUARDS[safeguard][1](make)
         return _trainer(tx, _gradients(loss_fn, _with_batch), _products)
 
     stored = {"base": base, "curvature_batch_size": curvature_batch_size, "decay_alpha": decay_alpha, **options}
-    if curvature_samples is not None:  # else absent: stored results are found by their options, older ones without it
-        stored["curvature_samples"] = curvature_samples
+    # Absent unless given: stored results are found by their options, older ones without these.
+    later = {"curvature_samples": curvature_samples, "safeguard": safeguard}
+    stored |= {name: value for name, value in later.items() if value is not None}
     stored["warmup_steps"] = "those of the learning rate"
     return Method(
         f"dho2 on {base}{note and ', ' + note}",
@@ -270,6 +280,9 @@ METHODS: dict[str, Method] = {
     "dho2_adam_order4": _dho2("adam", "order 4 * rank", order=4 * _DHO2["rank"]),
     "dho2_adam_curvature128": _dho2("adam", "products on 128 samples", curvature_batch_size=128),
     "dho2_adam_curvature8192": _dho2("adam", "products on the same 8192 samples always", curvature_samples=8192),
+    "dho2_adam_limit10": _dho2("adam", "a scale of up to 10", base_scale_limit=10.0),
+    "dho2_adam_floor": _dho2("adam", "eigenvalues at least a tenth of the largest", floor=0.1),
+    **{f"dho2_adam_{name}": _dho2("adam", safeguard=name) for name in SAFEGUARDS},
     "dho2_adam_decay": _dho2("adam", "alpha follows the schedule", decay_alpha=0.1),
 }
 """By name, in the order of the report."""
