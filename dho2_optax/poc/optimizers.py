@@ -173,7 +173,7 @@ def _curvature_group(context: Context) -> Any:
     )
 
 
-_DHO2_RATES = {"default": 3e-3, "mlp": 0.06, "cnn": 0.02, "autoencoder": 0.01}
+_DHO2_RATES = {"default": 3e-3, "mlp": 0.06, "cnn": 0.06, "autoencoder": 0.01}
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "sgd": Optimizer(
