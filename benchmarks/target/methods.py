@@ -276,6 +276,9 @@ METHODS: dict[str, Method] = {
     "dho2_adam_rank4": _dho2("adam", "rank 4", rank=4, order=8),
     "dho2_adam_rank16": _dho2("adam", "rank 16", rank=16, order=32),
     "dho2_adam_interval50": _dho2("adam", "a refresh every 50 updates", refresh_interval=50),
+    "dho2_adam_often": _dho2(
+        "adam", "a refresh every 50 updates, products on 128 samples", refresh_interval=50, curvature_batch_size=128
+    ),
     "dho2_adam_interval200": _dho2("adam", "a refresh every 200 updates", refresh_interval=200),
     "dho2_adam_order4": _dho2("adam", "order 4 * rank", order=4 * _DHO2["rank"]),
     "dho2_adam_curvature128": _dho2("adam", "products on 128 samples", curvature_batch_size=128),
