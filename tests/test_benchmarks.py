@@ -1,14 +1,18 @@
 """The harness of `benchmarks.target`: rules and arithmetic, and a small study from end to end. No timing is checked."""
 
+import dataclasses
 import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import dho2_optax as dho2
 from benchmarks import machine
-from benchmarks.target import methods, report, tasks, training
+from benchmarks.target import methods, report, safeguards, tasks, training
 from benchmarks.target.interface import Method, Setting, Trainer
 from benchmarks.target.methods import METHODS, select
 from benchmarks.target.store import Store, best_rate
@@ -253,7 +257,7 @@ def test_every_method_can_be_traced_with_the_rate_it_is_given(digits, name):
     """Nothing is compiled: shapes and types of the carry must come out as they went in."""
     method = METHODS[name]
     params = jax.eval_shape(digits.init, jax.random.key(0))
-    batch = jax.eval_shape(lambda: jax.tree.map(lambda x: jax.numpy.asarray(x[:BATCH_SIZE]), digits.train))
+    batch = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.asarray(x[:BATCH_SIZE]), digits.train))
     numbers = (0.01, 100) if method.compiled == "once" else ()
 
     def step(params, batch, *numbers):
@@ -265,3 +269,66 @@ def test_every_method_can_be_traced_with_the_rate_it_is_given(digits, name):
     assert jax.tree.structure(before) == jax.tree.structure(after)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
     assert loss.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("predictions", "batch_size", "wanted", "expected"),
+    [
+        (1, 1000, None, 256),
+        (1, 8192, None, 1024),
+        (1, 100, None, 100),
+        (64, 256, None, 32),
+        (64, 8, None, 4),
+        (1, 1000, 128, 128),
+        (1, 64, 128, 64),
+    ],
+)
+def test_products_are_made_on_a_part_of_the_batch(digits, predictions, batch_size, wanted, expected):
+    task = dataclasses.replace(digits, predictions=predictions)
+    assert methods._curvature_batch_size(Setting(task, batch_size, 0.1, 100), wanted) == expected
+
+
+def _guarded_run(guard, losses=None, num_steps=9, **options):
+    """States and updates of a guarded optimizer on a quadratic whose curvature doubles at every update."""
+
+    def make(**given):
+        options_of_all = {"rank": 1, "order": 8, "tolerance": 1e-6, "refresh_interval": 3, **options}
+        return dho2.dho2(
+            optax.sgd(0.01), lambda p, b: b * jnp.sum(jnp.arange(1.0, 9.0) * p**2), **options_of_all | given
+        )
+
+    tx = guard(make)
+    params = jnp.ones(8)
+    state = tx.init(params)
+    found = []
+    update = jax.jit(tx.update)
+    for step in range(num_steps):
+        value = 1.0 if losses is None else losses[step]
+        updates, state = update(params, state, params, batch=jnp.asarray(2.0**step), value=jnp.asarray(value))
+        found.append((updates, state))
+    return found
+
+
+def test_a_bounded_displacement_is_a_part_of_the_parameters():
+    lengths = [float(jnp.linalg.norm(u)) for u, _ in _guarded_run(safeguards.bounded_displacement(0.005))]
+    assert max(lengths) == pytest.approx(0.005 * 8**0.5)
+    free = [float(jnp.linalg.norm(u)) for u, _ in _guarded_run(safeguards.bounded_displacement(100.0))]
+    assert max(free) > max(lengths)
+    np.testing.assert_allclose(lengths, np.minimum(free, 0.005 * 8**0.5), rtol=1e-5)
+
+
+def test_smoothed_eigenvalues_are_means_from_the_second_refresh_on():
+    found = [float(state.spectrum.eigenvalues[0]) for _, state in _guarded_run(safeguards.smoothed_eigenvalues(0.25))]
+    first, second, third = (16 * 2.0**count for count in (2, 5, 8))
+    expected = [0, 0, *[first] * 3, *[0.25 * second + 0.75 * first] * 3]
+    np.testing.assert_allclose(found, [*expected, 0.25 * third + 0.75 * expected[-1]], rtol=1e-4)
+
+
+def test_a_loss_that_rises_halves_the_limit_and_it_grows_back():
+    losses = [1.0, 1.0, 1.5, 1.0, 9.0, 9.0, 1.0, 1.0, 1.0]
+    states = [state for _, state in _guarded_run(safeguards.limited_by_loss(1.1), losses)]
+    limits = [float(state.limit) for state in states]
+    np.testing.assert_allclose(limits, [3, 3, 1.5, 1.515, 1, 1, 1.01, 1.01**2, 1.01**3], rtol=1e-5)
+    growing = {"base_scale_growth": 10.0, "sharpness_limit": float("inf"), "refresh_interval": 1}
+    for _, state in _guarded_run(safeguards.limited_by_loss(1.1), losses, **growing):
+        assert float(state.inner_state.sigma) <= float(state.limit) * (1 + 1e-6)

@@ -27,8 +27,8 @@ def bounded_displacement(largest: float) -> Safeguard:
 
         def update(grads: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
             updates, state = tx.update(grads, state, params, **extra)
-            length = jnp.maximum(optax.global_norm(updates), jnp.finfo(jnp.float32).tiny)
-            factor = jnp.minimum(1, largest * optax.global_norm(params) / length)
+            length = jnp.maximum(optax.tree.norm(updates), jnp.finfo(jnp.float32).tiny)
+            factor = jnp.minimum(1, largest * optax.tree.norm(params) / length)
             return jax.tree.map(lambda u: factor * u, updates), state
 
         return Transformation(tx.init, update)
