@@ -150,7 +150,7 @@ class CurvatureGroup:
         floor: float = 1e-3,
         damping: float = 0.0,
         basis_dtype: Any = None,
-        interval: int = 100,
+        interval: int = 50,
         deterministic: bool = False,
         timeout: float = 60.0,
         axis_name: str = "curvature",

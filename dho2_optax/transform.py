@@ -34,7 +34,7 @@ def dho2(
     num_smallest: int = 0,
     alpha: ArrayLike | optax.Schedule = 0.1,
     subspace: optax.GradientTransformation | None = None,
-    refresh_interval: ArrayLike | None = 100,
+    refresh_interval: ArrayLike | None = 50,
     warmup_steps: ArrayLike | None = None,
     order: int | None = None,
     tolerance: ArrayLike = 1e-2,
@@ -90,7 +90,8 @@ def dho2(
       subspace: optimizer of the ``rank`` coordinates, linear in the gradient: ``optax.trace(0.9)`` is heavy ball,
         ``optax.ema(0.9, debias=False)`` averages as Adam does. When the subspace changes, its state is carried over
         so that the Newton step it stands for stays the same. Default: ``optax.ema(0.9, debias=False)``.
-      refresh_interval: updates between refreshes. None: no refresh but those a :class:`CurvatureGroup` installs.
+      refresh_interval: updates between refreshes. None: no refresh but those a :class:`CurvatureGroup` installs. What a
+        refresh costs falls in proportion where `curvature` makes its products on a part of the batch.
       warmup_steps: update ``t`` (from 0) is preceded by a refresh if ``t + 1 >= warmup_steps`` and ``t + 1 -
         warmup_steps`` is a multiple of `refresh_interval`. Default: `refresh_interval`. Short runs gain from a first
         refresh as soon as the learning rate has risen to its peak.
