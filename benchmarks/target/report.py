@@ -266,8 +266,8 @@ or 2/3 of the length that ends at the target or below, for methods that were tra
 diverged counts as not reaching. Step times were taken alone, several methods of a task in turns in one process (which
 ones, `_timing.json` of the task says), compilation excluded.
 
-Hybrids refresh every 100 updates, which was the default before `dho2_adam_interval50` and `dho2_adam_often` were made; it
-is 50 since, as in these two.
+Hybrids refresh every 100 updates, which was the default before `dho2_adam_interval50` and `dho2_adam_often` were made;
+it is 50 since, as in these two.
 """
 
 
