@@ -90,8 +90,8 @@ def dho2(
       subspace: optimizer of the ``rank`` coordinates, linear in the gradient: ``optax.trace(0.9)`` is heavy ball,
         ``optax.ema(0.9, debias=False)`` averages as Adam does. When the subspace changes, its state is carried over
         so that the Newton step it stands for stays the same. Default: ``optax.ema(0.9, debias=False)``.
-      refresh_interval: updates between refreshes. None: no refresh but those a :class:`CurvatureGroup` installs. What a
-        refresh costs falls in proportion where `curvature` makes its products on a part of the batch.
+      refresh_interval: updates between refreshes. None: no refresh but those a :class:`CurvatureGroup` installs. Its
+        products, half of what a refresh costs or more, are cheaper where `curvature` makes them on a part of the batch.
       warmup_steps: update ``t`` (from 0) is preceded by a refresh if ``t + 1 >= warmup_steps`` and ``t + 1 -
         warmup_steps`` is a multiple of `refresh_interval`. Default: `refresh_interval`. Short runs gain from a first
         refresh as soon as the learning rate has risen to its peak.

@@ -1,7 +1,7 @@
 """The methods that are compared, by name.
 
 All are given the same schedule, `Setting.schedule`, and tuned by the same rule. Hybrids make their curvature products
-on the first eighth of the batch, but on as many samples of it as hold 256 predictions; option ``curvature_batch_size``
+on the first eighth of the batch, but at least on as many as hold 256 predictions; option ``curvature_batch_size``
 changes that. The first refresh of `dho2` is when the learning rate is at its peak.
 
 An ablation with ``rank=0`` is missing because it is the base alone.
