@@ -1,5 +1,8 @@
+import errno
 import gzip
+import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,4 +221,29 @@ def test_a_directory_with_the_name_of_a_data_file(tmp_path, arrays):
     (tmp_path / NAMES["train_labels"]).unlink()
     (tmp_path / NAMES["train_labels"]).mkdir()
     with pytest.raises(data.DataError, match=r"train-labels-idx1-ubyte cannot be read"):
+        data.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_pipe_or_a_device_with_the_name_of_a_data_file_is_not_waited_for(tmp_path, arrays, make):
+    _write(tmp_path, arrays, zipped=False)
+    path = tmp_path / NAMES["test_images"]
+    path.unlink()
+    make(path)
+    with pytest.raises(data.DataError, match=f"{path} cannot be read: it is not a file"):
+        data.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["x" * 300, "x/" * 3000, "a\0b", "\ud800", "/dev/null", "/dev/null/x", ""])
+def test_a_path_that_the_system_refuses(source):
+    with pytest.raises(data.DataError):
+        data.load(source)
+
+
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(self, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "exists", refuse)  # root may read everything
+    with pytest.raises(data.DataError, match=f"^{tmp_path} cannot be read: Permission denied$"):
         data.load(str(tmp_path))

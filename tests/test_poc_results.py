@@ -1,5 +1,6 @@
 import json
 import math
+import resource
 
 import numpy as np
 import pytest
@@ -202,6 +203,33 @@ def test_a_report_without_any_run(tmp_path):
     found.status = "interrupted"
     page = report.write_html(found, tmp_path).read_text()
     assert "No run got this far" in page
+
+
+@pytest.mark.parametrize("name", ["results.json", "loss-mlp.png", "report.html"])
+def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path, name):
+    # Without a row there are no pictures: the page is the first file.
+    found = _results() if name == "report.html" else _results(_row("sgd", _decay(0.1)))
+    path = tmp_path / name
+    path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as on a disk that fills up in mid-file
+    try:
+        with pytest.raises(OSError, match=f"^{path} cannot be written: File too large$"):
+            found.save(path) if name == "results.json" else report.write_html(found, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_runs_are_counted_with_those_of_the_tuning():
+    failed = Row("mlp", "adam", 8, 0, 0.1, "failed", message="E")
+    found = _results(_row("sgd", _decay(0.1)), failed, _row("sgd", [1.0, math.inf], status="diverged"))
+    assert found.num_failed == 1
+    search = {"learning_rates": [0.1, 0.3], "final_losses": [None, None], "chosen": None}
+    found.tuning.append(results.Tuning("mlp", "sgd", **search, widened=False, at_edge=False, failed=2, message="No"))
+    assert found.num_failed == 3
+    assert "mlp: 2 of the 2 runs that tune sgd failed: No." in results.findings(found)["failures"]
 
 
 def _bowl(curvature):

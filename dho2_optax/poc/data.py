@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dho2_optax.poc import system
+
 __all__ = ["DataError", "Dataset", "load"]
 
 _IDX_UNSIGNED_BYTE = 8
@@ -74,18 +76,26 @@ def load(source: str) -> Dataset:
     """
     if source == "digits":
         return _digits()
-    folder = Path(source)
+    try:
+        return _from_folder(Path(source))
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source} cannot be read: {system.reason(error)}") from None
+
+
+def _from_folder(folder: Path) -> Dataset:
     if not folder.exists():
-        raise DataError(f'no data at {source}: give "digits" or a folder that exists')
+        raise DataError(f'no data at {folder}: give "digits" or a folder that exists')
     if not folder.is_dir():
-        raise DataError(f"{source} is a file: give the folder that holds the data files")
+        raise DataError(f"{folder} is a file: give the folder that holds the data files")
     for cifar in (folder, folder / _CIFAR_FOLDER):
         if any((cifar / name).exists() for name in (*_CIFAR_TRAIN, _CIFAR_TEST)):
             return _cifar(cifar)
     if any(_find_idx(folder, name) for name in _IDX_NAMES.values()):
         return _idx(folder)
     raise DataError(
-        f"{source} holds neither IDX files (such as {_IDX_NAMES['train images']}.gz) "
+        f"{folder} holds neither IDX files (such as {_IDX_NAMES['train images']}.gz) "
         f"nor CIFAR-10 binaries (such as {_CIFAR_TRAIN[0]})"
     )
 
@@ -184,6 +194,8 @@ def _read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read(path: Path) -> bytes:
+    if not path.is_file():  # a device or a pipe may never end
+        raise DataError(f"{path} cannot be read: it is not a file")
     try:
         if path.suffix == ".gz":
             with gzip.open(path) as file:
@@ -194,7 +206,7 @@ def _read(path: Path) -> bytes:
     except (gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is not a valid gzip file: {error}") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{path} cannot be read: {system.reason(error)}") from None
 
 
 def _check_size(path: Path, size: int, expected: int) -> None:

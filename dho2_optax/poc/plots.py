@@ -1,5 +1,6 @@
 """The pictures of the report."""
 
+import io
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from dho2_optax.poc import system
 from dho2_optax.poc.results import (
     Results,
     Row,
@@ -70,10 +72,17 @@ def draw(results: Results, folder: Path) -> dict[str, list[Path]]:
 
 
 def _save(figure: Figure, folder: Path, name: str) -> Path:
-    safe = "".join(char if char.isalnum() or char in "-_" else "_" for char in name)
+    safe = "".join(char if (char.isascii() and char.isalnum()) or char in "-_" else "_" for char in name)
     path = folder / f"{safe}.png"
-    figure.savefig(path, dpi=150, facecolor="white")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150, facecolor="white")
+    system.replace(path, picture.getvalue())
     return path
+
+
+def _escape(name: str) -> str:
+    """Keep what a user named from being read as a formula."""
+    return name.replace("$", r"\$")
 
 
 def _look(results: Results, optimizer: str) -> dict[str, Any]:
@@ -119,7 +128,7 @@ def _losses(results: Results, task: str, rows: list[Row]) -> Figure:
             fontsize=9,
             color="#555555",
         )
-    by_step.set(xlabel="steps", ylabel="training loss", title=f"{task}: loss against steps")
+    by_step.set(xlabel="steps", ylabel="training loss", title=f"{_escape(task)}: loss against steps")
     by_time.set(xlabel="seconds of training", title=f"loss against time, {count_devices(devices)}")
     by_time.set_xlim(left=0)
     by_step.set_xlim(left=0)
@@ -153,7 +162,7 @@ def _step_times(results: Results, task: str, rows: list[Row]) -> Figure:
     axes.set(
         xlabel="milliseconds",
         ylabel="share of the steps",
-        title=f"{task}: share of the steps that take longer, {count_devices(devices)}",
+        title=f"{_escape(task)}: share of the steps that take longer, {count_devices(devices)}",
     )
     axes.legend()
     return figure
@@ -165,7 +174,7 @@ def _memory(results: Results, task: str, rows: list[Row]) -> Figure:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     panels = figure.subplots(1, 2)
     fields = (
-        ("optimizer_bytes", f"{task}: optimizer state on each device"),
+        ("optimizer_bytes", f"{_escape(task)}: optimizer state on each device"),
         ("total_bytes", "whole training step on each device"),
     )
     counts = sorted({s.devices for s in summaries})
@@ -217,7 +226,7 @@ def _time(results: Results) -> Figure:
             if runs:
                 parts = [_time_parts(row) for row in runs]
                 mean = {name: statistics.fmean(p[name] for p in parts) for name in _PARTS}
-                bars.append((f"{task}  {optimizer}", mean))
+                bars.append((f"{_escape(task)}  {optimizer}", mean))
     figure = Figure(figsize=(10, 1.8 + 0.34 * len(bars)), layout="constrained")
     axes = figure.subplots()
     position = np.arange(len(bars))[::-1]

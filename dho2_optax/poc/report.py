@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from dho2_optax.poc import plots
+from dho2_optax.poc import plots, system
 from dho2_optax.poc.optimizers import OPTIMIZERS
 from dho2_optax.poc.results import (
     Results,
@@ -122,7 +122,7 @@ def _parts(group: Sequence[Summary], most: int) -> list[Sequence[Summary]]:
 
 
 def _trained_table(title: str, group: Sequence[Summary]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("")
     for summary in group:
         table.add_column(summary.optimizer, justify="right", overflow="fold")
@@ -146,7 +146,7 @@ def _filled(columns: Sequence[_Column], group: Sequence[Summary]) -> list[_Colum
 
 def _memory_table(task: str, group: Sequence[Summary]) -> Table:
     title = f"{task}, optimizer state on each device (* compiled only, not trained)"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("devices", justify="right")
     names = list(dict.fromkeys(summary.optimizer for summary in group))
     for name in names:
@@ -188,7 +188,7 @@ def write_html(results: Results, folder: Path) -> Path:
         pictures=pictures,
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    system.replace(path, page.encode(errors="backslashreplace"))  # the command may hold bytes that are no text
     return path
 
 

@@ -3,15 +3,14 @@
 import dataclasses
 import json
 import math
-import os
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dho2_optax.poc import system
 from dho2_optax.poc.optimizers import OPTIMIZERS
 
 __all__ = [
@@ -134,6 +133,8 @@ class Tuning:
     chosen: float | None
     widened: bool
     at_edge: bool  # the best value is still at the edge of the widened grid
+    failed: int = 0  # number of runs that failed
+    message: str = ""  # of the first of them
 
 
 @dataclasses.dataclass
@@ -158,6 +159,11 @@ class Results:
     tuning: list[Tuning] = dataclasses.field(default_factory=list)
     targets: list[Target] = dataclasses.field(default_factory=list)
 
+    @property
+    def num_failed(self) -> int:
+        """Number of runs that failed, those of the tuning included."""
+        return sum(row.status == "failed" for row in self.rows) + sum(search.failed for search in self.tuning)
+
     def aim(self, given: float | None) -> None:
         """Set the targets from the rows that exist, and measure every row against them."""
         self.targets = []
@@ -174,17 +180,9 @@ class Results:
         return next((target for target in self.targets if target.task == task), None)
 
     def save(self, path: Path) -> None:
-        """Write JSON, replacing the file at once so that a reader never sees half of it."""
+        """Write JSON, replacing the file at once."""
         text = json.dumps(_plain(dataclasses.asdict(self)), indent=1, allow_nan=False)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        system.replace(path, text.encode())
 
 
 @dataclasses.dataclass
@@ -334,6 +332,11 @@ def findings(results: Results) -> dict[str, list[str]]:
                     f"{summary.status} at learning rate {summary.learning_rate:g}: "
                     f"{summary.message}."
                 )
+        said["failures"] += [
+            f"{name}: {t.failed} of the {len(t.learning_rates)} runs that tune {t.optimizer} failed: {t.message}."
+            for t in results.tuning
+            if t.failed and t.task == name
+        ]
     return said
 
 

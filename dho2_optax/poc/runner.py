@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import dho2_optax
-from dho2_optax.poc import report
+from dho2_optax.poc import report, system
 from dho2_optax.poc.models import num_parameters
 from dho2_optax.poc.optimizers import OPTIMIZERS
 from dho2_optax.poc.results import Results, Row, Tuning, count_devices
@@ -56,7 +57,7 @@ def run(settings: Settings, tasks: Sequence[Task], folder: Path, console: Consol
     """Train every optimizer on every task and device count, and write the report.
 
     `results.json` is replaced after every run. On an interrupt (Ctrl-C) what has finished is
-    reported, with the status "interrupted".
+    reported, with the status "interrupted". The tables are printed even if a file cannot be written.
 
     Args:
       settings: what to run.
@@ -66,6 +67,9 @@ def run(settings: Settings, tasks: Sequence[Task], folder: Path, console: Consol
 
     Returns:
       The results; a run that diverged or failed is a row with that status.
+
+    Raises:
+      OSError: a file cannot be written.
     """
     begin = time.perf_counter()
     results = Results(
@@ -75,16 +79,19 @@ def run(settings: Settings, tasks: Sequence[Task], folder: Path, console: Consol
     )
     session = _Session(settings, results, folder, console)
     try:
-        with session.progress:
-            for task in tasks:
-                session.run_task(task)
-        results.status = "complete"
-    except KeyboardInterrupt:
-        results.status = "interrupted"
-    results.seconds = time.perf_counter() - begin
-    session.save()
-    report.write_html(results, folder)
-    report.print_tables(results, console)
+        try:
+            with session.progress:
+                for task in tasks:
+                    session.run_task(task)
+            results.status = "complete"
+        except KeyboardInterrupt:
+            results.status = "interrupted"
+        results.seconds = time.perf_counter() - begin
+        with system.on_sigterm(signal.SIG_IGN):  # some senders repeat it at once
+            session.save()
+            report.write_html(results, folder)
+    finally:
+        report.print_tables(results, console)
     return results
 
 
@@ -101,7 +108,7 @@ class _Session:
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
             refresh_per_second=4,
             transient=True,
@@ -146,6 +153,7 @@ class _Session:
     def _tune(self, task: Task, name: str, start: float, evaluate: Evaluator) -> float:
         """Try a grid of learning rates; widen it once if the best is at its edge."""
         losses: dict[float, float] = {}
+        failures: list[str] = []
 
         def search(factors: Sequence[float]) -> None:
             for factor in factors:
@@ -153,6 +161,8 @@ class _Session:
                 [row] = self._train(task, spec, self._settings.seeds[:1], evaluate)
                 final = row.final_loss
                 losses[spec.learning_rate] = math.inf if final is None else final
+                if row.status == "failed":
+                    failures.append(row.message)
                 self._log(row, "tuning")
 
         def best() -> float:
@@ -174,6 +184,8 @@ class _Session:
                 chosen=best() if found else None,
                 widened=widened,
                 at_edge=found and best() in (rates[0], rates[-1]),
+                failed=len(failures),
+                message=failures[0] if failures else "",
             )
         )
         self.save()
@@ -259,8 +271,8 @@ class _Session:
 
     def _add(self, row: Row) -> None:
         self._results.rows.append(row)
-        self._log(row, "")
         self.save()
+        self._log(row, "")
 
     def _log(self, row: Row, prefix: str) -> None:
         """Print one line for a finished run."""
@@ -286,9 +298,7 @@ def _attempt(row: Row, action: Callable[[], _Result]) -> _Result | None:
     try:
         return action()
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        row.status = "failed"
-        row.message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        row.status, row.message = "failed", system.describe(error)
         return None
 
 

@@ -1,9 +1,10 @@
 """What is trained: parameters, a loss and data, built here or by the user."""
 
+import contextlib
 import dataclasses
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dho2_optax.poc import models
+from dho2_optax.poc import models, system
 from dho2_optax.poc.data import Dataset
 
 __all__ = ["Task", "TaskError", "from_dataset", "from_function"]
+
+_MOST_CHARACTERS = 100  # of a name, which is part of the names of files
 
 
 class TaskError(ValueError):
@@ -26,7 +29,7 @@ class Task:
     """A model, its loss and its data.
 
     Attributes:
-      name: shown in the report.
+      name: shown in the report, of 1 to 100 printable characters.
       init: maps a PRNG key to the parameters.
       loss_fn: maps (parameters, batch) to the mean loss of the batch, a scalar. A batch has the
         structure of `train` with fewer samples.
@@ -58,6 +61,12 @@ class Task:
     accuracy: Callable[[Any, Any], jax.Array] | None = None
 
     def __post_init__(self) -> None:
+        name = self.name
+        if not (isinstance(name, str) and 0 < len(name) <= _MOST_CHARACTERS and name.isprintable()):
+            raise TaskError(
+                f"the name of a task must have 1 to {_MOST_CHARACTERS} printable characters, "
+                f"got {system.one_line(repr(name), 100)}"
+            )
         for part in ("train", "test"):
             sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(getattr(self, part))}
             if len(sizes) != 1 or () in sizes or (0,) in sizes:
@@ -125,41 +134,47 @@ def from_function(reference: str) -> Task:
         a task that can be differentiated.
     """
     module_name, colon, function_name = reference.partition(":")
+    shown = system.one_line(reference)
     if not (module_name and colon and function_name) or ":" in function_name:
-        raise TaskError(f"--task must look like module:function, got {reference!r}")
+        raise TaskError(f"--task must look like module:function, got {shown!r}")
     if "" not in sys.path:
         sys.path.insert(0, "")
-    try:
+    with _explained(f"--task {shown}"):
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:
-        raise TaskError(f"--task {reference}: {_describe(error)}") from error
     if not callable(function):
-        raise TaskError(f"--task {reference}: {function_name} is not a function")
-    try:
+        raise TaskError(f"--task {shown}: {system.one_line(function_name)} is not a function")
+    with _explained(f"--task {shown} failed"):
         task = function()
-    except Exception as error:
-        raise TaskError(f"--task {reference} failed: {_describe(error)}") from error
     if not isinstance(task, Task):
-        raise TaskError(f"--task {reference} returned {type(task).__name__}, not a Task")
-    _check(task, reference)
+        raise TaskError(f"--task {shown} returned {type(task).__name__}, not a Task")
+    _check(task, f"--task {shown}")
     return task
 
 
-def _check(task: Task, reference: str) -> None:
-    """Trace the loss of one sample, so that a mistake shows before anything is compiled."""
+def _check(task: Task, where: str) -> None:
+    """Trace what is computed of one sample, so that a mistake shows before anything is compiled."""
 
     def first(tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), tree)
 
-    try:
+    with _explained(f"{where}: init failed"):
         params = jax.eval_shape(task.init, jax.random.key(0))
-        loss = jax.eval_shape(task.loss_fn, params, first(task.train))
-    except Exception as error:
-        raise TaskError(f"--task {reference}: loss_fn failed: {_describe(error)}") from error
-    if getattr(loss, "shape", None) != ():
-        raise TaskError(f"--task {reference}: loss_fn must return a scalar, got {loss}")
+    traced = [("loss_fn", task.loss_fn, "train"), ("loss_fn", task.loss_fn, "test")]
+    if task.accuracy is not None:
+        traced.append(("accuracy", task.accuracy, "test"))
+    for name, function, part in traced:
+        with _explained(f"{where}: {name} failed on a sample of `{part}`"):
+            value = jax.eval_shape(function, params, first(getattr(task, part)))
+        if getattr(value, "shape", None) != ():
+            raise TaskError(f"{where}: {name} must return a scalar, got {system.one_line(str(value))}")
 
 
-def _describe(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn what a user's code raises into a `TaskError`: any exception, even one that asks to exit."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise TaskError(f"{what}: {system.describe(error)}") from error
