@@ -7,18 +7,21 @@ touches a device before the number of virtual devices has been set.
 import argparse
 import contextlib
 import importlib.util
+import io
 import math
 import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import jax
 
 from dho2_optax._version import __version__
+from dho2_optax.poc import system
 from dho2_optax.poc.optimizers import DEFAULT_OPTIMIZERS, OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -29,10 +32,18 @@ __all__ = ["main"]
 _EXTRA = ("flax", "jinja2", "matplotlib", "rich")
 _DEFAULT_VIRTUAL_DEVICES = 8
 _MAX_VIRTUAL_DEVICES = 64
+_MAX_INTEGER = 2**31 - 1  # steps are counted in 32 bits
 _DEFAULT_BATCH_SIZE = 256
 _DEFAULT_STEPS = 200
+_EXIT_FAILED = 1
 _EXIT_USAGE = 2
 _EXIT_INTERRUPTED = 130
+_EXIT_TERMINATED = 143
+_EXIT_CODES = (
+    "Exit codes: 0, all runs ended; 1, a run failed (one that diverged has ended) or a file could not be written; "
+    "2, the arguments cannot be used, or the folder holds a report already; 130 after Ctrl-C and 143 after SIGTERM: "
+    "the report has what had ended."
+)
 
 
 class _UsageError(Exception):
@@ -53,22 +64,58 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments; those of the process by default.
 
     Returns:
-      The exit code: 0, 2 for input that cannot be used, 130 after an interrupt.
+      The exit code: 0 if all runs ended, also those that diverged; 1 if a run failed or a file could not be written;
+      2 for arguments that cannot be used, a folder that holds a report among them; 130 after an interrupt (Ctrl-C) and
+      143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names may have characters that it cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
+    terminated = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    with system.on_sigterm(interrupt):
+        try:
+            try:
+                options = _parser().parse_args(arguments)
+                code = _poc(options, shlex.join(["dho2-optax", *arguments]))
+            finally:
+                sys.stdout.flush()
+        except _UsageError as error:
+            _complain(str(error))
+            return _EXIT_USAGE
+        except OSError as error:
+            dropped = _drop_output()
+            _complain(f"standard output cannot be written: {system.reason(error)}" if dropped else str(error))
+            return _EXIT_FAILED
+        except KeyboardInterrupt:
+            print("dho2-optax: interrupted", file=sys.stderr)
+            code = _EXIT_INTERRUPTED
+    return _EXIT_TERMINATED if terminated and code == _EXIT_INTERRUPTED else code
+
+
+def _complain(message: str) -> None:
+    print(f"dho2-optax: error: {system.one_line(message, most=1000)}", file=sys.stderr)
+
+
+def _drop_output() -> bool:
+    """If standard output cannot be written, drop what it holds: Python would try again at its exit."""
     try:
-        options = _parser().parse_args(arguments)
-        return _poc(options, shlex.join(["dho2-optax", *arguments]))
-    except _UsageError as error:
-        print(f"dho2-optax: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return _EXIT_USAGE
-    except KeyboardInterrupt:
-        print("dho2-optax: interrupted", file=sys.stderr)
-        return _EXIT_INTERRUPTED
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="dho2-optax", description="Hybrid-order optimization for optax.", allow_abbrev=False)
+    parser = _Parser(
+        prog="dho2-optax", description="Hybrid-order optimization for optax.", epilog=_EXIT_CODES, allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"dho2-optax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     poc = commands.add_parser(
@@ -76,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         help="train real models with every optimizer and report what each costs",
         description="Train models on real data with every optimizer, and report steps, seconds, "
         "memory and communication. The defaults take less than two minutes on two cores.",
+        epilog=_EXIT_CODES,
         allow_abbrev=False,
     )
     what = poc.add_argument_group("what to train")
@@ -146,7 +194,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LOSS",
         help="training loss that counts as done (default: what the best first-order optimizer ends at)",
     )
-    report.add_argument("--out", type=Path, default=Path("poc-report"), metavar="DIR")
+    report.add_argument("--out", type=Path, default=Path("poc-report"), metavar="DIR", help="default poc-report")
+    report.add_argument("--overwrite", action="store_true", help="replace the report that --out holds")
     report.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return parser
 
@@ -166,6 +215,8 @@ def _integer(minimum: int) -> Callable[[str], int]:
             value = minimum - 1
         if value < minimum:
             raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
+        if value > _MAX_INTEGER:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at most {_MAX_INTEGER}, got {text!r}")
         return value
 
     return parse
@@ -216,14 +267,13 @@ def _poc(options: argparse.Namespace, command: str) -> int:
     steps = options.steps or _DEFAULT_STEPS
     if options.epochs:
         steps = options.epochs * (min(task.num_train for task in tasks) // batch_size)
-    folder = _output_folder(options.out)
 
     from rich.console import Console
 
     from dho2_optax.poc import runner
 
     settings = runner.Settings(
-        data=options.task or options.data or "digits",
+        data=next(name for name in (options.task, options.data, "digits") if name is not None),
         optimizers=optimizers,
         devices=trained,
         compiled_devices=() if options.devices else _fewer(trained[0], batch_size),
@@ -237,10 +287,17 @@ def _poc(options: argparse.Namespace, command: str) -> int:
         refresh_interval=options.refresh_interval,
         command=command,
     )
-    console = Console(quiet=options.quiet)
-    results = runner.run(settings, tasks, folder, console)
-    console.print(f"\nReport: {folder / 'report.html'}", highlight=False, soft_wrap=True)
-    return _EXIT_INTERRUPTED if results.status == "interrupted" else 0
+    console = Console(quiet=options.quiet, emoji=False)
+    with _output_folder(options.out, overwrite=options.overwrite) as folder:
+        results = runner.run(settings, tasks, folder, console)
+    console.print(f"\nReport: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    failed = results.num_failed
+    if failed:
+        sys.stdout.flush()
+        _complain(f"{failed} run{'s' * (failed > 1)} failed: {folder / 'report.html'} says why")
+    if results.status == "interrupted":
+        return _EXIT_INTERRUPTED
+    return _EXIT_FAILED if failed else 0
 
 
 def _optimizers(options: argparse.Namespace) -> tuple[str, ...]:
@@ -290,7 +347,7 @@ def _tasks(options: argparse.Namespace) -> list["Task"]:
         if name not in models.MODELS:
             raise _UsageError(f"unknown model {name!r}: choose from {', '.join(models.MODELS)}")
     try:
-        dataset = data.load(options.data or "digits")
+        dataset = data.load("digits" if options.data is None else options.data)
     except data.DataError as error:
         raise _UsageError(str(error)) from error
     return [tasks.from_dataset(name, dataset) for name in names]
@@ -323,10 +380,21 @@ def _fewer(devices: int, batch_size: int) -> tuple[int, ...]:
     return tuple(n for n in powers if n < devices and batch_size % n == 0)
 
 
-def _output_folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise _UsageError(f"--out {folder} cannot be written: {error.strerror or error}") from error
+@contextlib.contextmanager
+def _output_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Make the folder of the report and keep it to this run."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(tempfile.TemporaryFile(dir=folder))  # shows that files can be made there
+            stack.enter_context(system.locked(folder))
+            held = [name for name in ("results.json", "report.html") if (folder / name).exists()]
+        except BlockingIOError as error:
+            raise _UsageError(f"--out {folder}: another run writes there; give another --out") from error
+        except (OSError, ValueError) as error:
+            raise _UsageError(f"--out {folder} cannot be written: {system.reason(error)}") from error
+        if held and not overwrite:
+            raise _UsageError(
+                f"--out {folder} holds {held[0]} of an earlier run: give --overwrite to replace it, or another --out"
+            )
+        yield folder

@@ -1,3 +1,4 @@
+import errno
 import importlib.util
 import json
 import os
@@ -5,13 +6,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from dho2_optax import cli
+from dho2_optax.poc import report, runner
 
 TASK_MODULE = """
+import dataclasses
 import jax.numpy as jnp
 import numpy as np
 from dho2_optax.poc.tasks import Task
@@ -40,6 +44,52 @@ def vector_loss():
 def uneven():
     return Task("uneven", None, None, {"x": np.ones(3), "y": np.ones(4)}, {"x": np.ones(3)})
 
+def empty():
+    return Task("empty", None, None, {"x": np.ones((0, 3))}, {"x": np.ones(3)})
+
+def no_arrays():
+    return Task("no arrays", None, None, {}, {})
+
+def exits():
+    raise SystemExit(3)
+
+class Speechless(BaseException):
+    def __str__(self):
+        raise RuntimeError
+
+def speechless():
+    raise Speechless
+
+def wordy():
+    raise RuntimeError("word " * 10_000)
+
+def no_parameters():
+    return _changed(init=lambda key: key.no_such_attribute)
+
+def other_test_data():
+    return _changed(test={"x": np.ones((4, 2))})
+
+def vector_accuracy():
+    return _changed(accuracy=lambda params, batch: batch["y"])
+
+def _changed(**changes):
+    return dataclasses.replace(line(), **changes)
+
+def named_long():
+    return _changed(name="a" * 10_000)
+
+def named_on_two_lines():
+    return _changed(name="a\\nb")
+
+def named_by_no_text():
+    return _changed(name="\\ud800")
+
+def named_by_number():
+    return _changed(name=3)
+
+def named_oddly():
+    return _changed(name="[/a] $x^$ :smile: <b> ../é" + "e" * 70)
+
 """
 
 
@@ -62,6 +112,8 @@ def _rejected(capsys, *arguments):
     assert len(lines) == 1, captured.err
     assert lines[0].startswith("dho2-optax: error: ")
     assert "Traceback" not in captured.err
+    assert len(lines[0]) < 1100
+    assert lines[0].isprintable()
     return lines[0]
 
 
@@ -74,6 +126,7 @@ def _train(task_module, *arguments):
     [
         (["--steps", "0"], "--steps: expected a whole number of at least 1, got '0'"),
         (["--steps", "many"], "--steps: expected a whole number"),
+        (["--steps", "1" + "0" * 400], "--steps: expected a whole number of at most 2147483647"),
         (["--epochs", "-3"], "--epochs: expected a whole number"),
         (["--steps", "5", "--epochs", "5"], "not allowed with"),
         (["--batch-size", "-1"], "--batch-size: expected a whole number"),
@@ -102,6 +155,35 @@ def _train(task_module, *arguments):
         (["--task", "json:no_such_function"], "AttributeError"),
         (["--task", "json:__name__"], "__name__ is not a function"),
         (["--task", "json:loads", "--model", "mlp"], "drop --model and --data"),
+        (["--task", ""], "--task must look like module:function, got ''"),
+        (["--task", ":"], "--task must look like module:function"),
+        (["--task", "json:"], "--task must look like module:function"),
+        (["--task", ":loads"], "--task must look like module:function"),
+        (["--task", "json:loads:loads"], "--task must look like module:function"),
+        (["--task", "-x:f"], "--task: expected one argument"),
+        (["--task=-x:f"], "No module named '-x'"),
+        (["--task", ".:f"], "--task .:f: TypeError"),
+        (["--task", "..json:f"], "--task ..json:f: TypeError"),
+        (["--task", "no_such..module:f"], "No module named 'no_such'"),
+        (["--task", "\0:f"], r"--task \x00:f: "),
+        (["--task", "json:\0"], r"--task json:\x00: AttributeError"),
+        (["--task", "\x1b[31m\n:f"], r"--task \x1b[31m :f: ModuleNotFoundError"),
+        (["--task", "\ud800é☃:f"], r"--task \ud800é☃:f: ModuleNotFoundError"),
+        (["--task", "x" * 10_000], "--task must look like module:function, got 'xxx"),
+        (["--task", "x" * 10_000 + ":f"], "x:f: ModuleNotFoundError: No module named 'xxx"),
+        (["--task", "json:" + "x" * 10_000], "AttributeError: module 'json' has no attribute 'xxx"),
+        (["--task", "json." * 2_000 + "x:f"], "RecursionError"),
+        (["--task", "sys:exit"], "--task sys:exit failed: SystemExit"),
+        (["--data", "x" * 10_000], "x cannot be read: File name too long"),
+        (["--data", "\0"], r"\x00"),
+        (["--data", "\ud800"], r"no data at \ud800"),
+        (["--data", "/dev/null"], "/dev/null is a file"),
+        (["--data", "/dev/null/x"], "no data at /dev/null/x"),
+        (["--out", "x" * 10_000], "x cannot be written: File name too long"),
+        (["--out", "\0"], r"--out \x00 cannot be written: "),
+        (["--out", "\ud800"], r"--out \ud800 cannot be written: "),
+        (["--out", "/dev/null"], "--out /dev/null cannot be written: File exists"),
+        (["--out", "/dev/null/x"], "--out /dev/null/x cannot be written: Not a directory"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--step", "3"], "unrecognized arguments"),
     ],
@@ -117,10 +199,37 @@ def test_bad_arguments_are_one_line_and_exit_code_2(capsys, arguments, complaint
         ("fails", "RuntimeError: no such luck"),
         ("vector_loss", "loss_fn must return a scalar"),
         ("uneven", "must share a leading axis"),
+        ("empty", "must share a leading axis of at least one sample, got [(0,)]"),
+        ("no_arrays", "must share a leading axis of at least one sample, got []"),
+        ("exits", "failed: SystemExit: 3"),
+        ("speechless", "failed: Speechless"),
+        ("wordy", "failed: RuntimeError: word word"),
+        ("no_parameters", "init failed: AttributeError"),
+        ("other_test_data", "loss_fn failed on a sample of `test`: "),
+        ("vector_accuracy", "accuracy must return a scalar"),
+        ("named_long", "name of a task must have 1 to 100 printable characters, got 'aaa"),
+        ("named_on_two_lines", r"printable characters, got 'a\nb'"),
+        ("named_by_no_text", r"printable characters, got '\ud800'"),
+        ("named_by_number", "printable characters, got 3"),
     ],
 )
 def test_a_bad_task_is_one_line(capsys, task_module, function, complaint):
     assert complaint in _rejected(capsys, "--task", f"{task_module}:{function}")
+
+
+@pytest.mark.parametrize(
+    ("code", "complaint"),
+    [
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("raise KeyError('key')", "KeyError: 'key'"),
+        ("class Own(BaseException): pass\nraise Own", "Own"),
+        ("1 +", "SyntaxError: invalid syntax"),
+    ],
+)
+def test_a_module_that_raises_when_imported_is_one_line(capsys, task_module, tmp_path, code, complaint):
+    name = f"raising_{task_module}"
+    (tmp_path / f"{name}.py").write_text(code)
+    assert f"--task {name}:f: {complaint}" in _rejected(capsys, "--task", f"{name}:f")
 
 
 def test_a_truncated_file_is_named(capsys, tmp_path):
@@ -155,6 +264,16 @@ def test_the_help_names_every_optimizer_and_the_defaults(capsys, monkeypatch):
         cli.main(["poc", "--help"])
     said = capsys.readouterr().out
     assert "sgd, adam, fosi, dho2, mr-dho2, mr-dho2-roles (default sgd,adam,fosi,dho2)" in said
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["poc", "--help"]])
+def test_the_help_lists_the_exit_codes(capsys, monkeypatch, arguments):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(arguments)
+    said = capsys.readouterr().out
+    for code in ("0, all runs ended", "1, a run failed", "2, the arguments", "130 after Ctrl-C", "143 after SIGTERM"):
+        assert code in said
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["poc", "--help"], ["--version"]])
@@ -281,6 +400,177 @@ def test_quiet_prints_nothing(capsys, task_module, tmp_path):
     assert (tmp_path / "o" / "report.html").exists()
 
 
+QUICK = ("--optimizers", "sgd,adam", "--steps", "3", "--devices", "1", "--batch-size", "32")
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Runs that train nothing, but report."""
+    monkeypatch.setattr(runner._Session, "run_task", lambda self, task: None)
+
+
+def test_a_name_of_odd_characters_is_reported(capsys, task_module, tmp_path):
+    out = tmp_path / "[/o]\udcff"
+    code = cli.main(["poc", "--task", f"{task_module}:named_oddly", *QUICK, "--out", str(out)])
+    captured = capsys.readouterr()
+    assert (code, captured.err) == (0, "")
+    assert "[/a] $x^$ :smile: <b> ../éeee" in captured.out
+    assert r"[/o]\udcff/report.html" in captured.out
+    assert "[/a] $x^$ :smile: &lt;b&gt; ../éeee" in (out / "report.html").read_text()
+    assert len(list(out.glob("loss-*.png"))) == 1
+
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_failed_runs_make_the_exit_code_1_and_are_counted(capsys, task_module, tmp_path, monkeypatch, tune):
+    compile_program = runner.compile_program
+
+    def fail(task, spec, **kwargs):
+        # Of the tuning, only one rate fails.
+        if spec.optimizer == "sgd" and spec.learning_rate == (0.3 if tune else 0.1):
+            raise RuntimeError("out of luck\nand more")
+        return compile_program(task, spec, **kwargs)
+
+    monkeypatch.setattr(runner, "compile_program", fail)
+    arguments = ["--optimizers", "sgd", "--lr", "sgd=0.1", "--tune"] if tune else []
+    code = _train(task_module, *QUICK, *arguments, "--quiet", "--out", tmp_path)
+    captured = capsys.readouterr()
+    assert code == 1
+    assert captured.out == ""
+    assert captured.err == f"dho2-optax: error: 1 run failed: {tmp_path / 'report.html'} says why\n"
+    page = (tmp_path / "report.html").read_text()
+    assert "RuntimeError: out of luck" in page
+    assert ("1 of the 5 runs that tune sgd failed" in page) == tune
+    assert json.loads((tmp_path / "results.json").read_text())["status"] == "complete"
+
+
+def test_a_second_run_into_a_folder_is_refused_unless_it_overwrites(capsys, task_module, tmp_path, untrained):
+    assert _train(task_module, *QUICK, "--out", tmp_path) == 0
+    capsys.readouterr()
+    results, page = tmp_path / "results.json", tmp_path / "report.html"
+    before = results.read_bytes(), page.read_bytes()
+    again = ["--task", f"{task_module}:line", *QUICK, "--out", str(tmp_path)]
+    assert f"--out {tmp_path} holds results.json of an earlier run: give --overwrite" in _rejected(capsys, *again)
+    assert (results.read_bytes(), page.read_bytes()) == before
+    results.unlink()
+    line = _rejected(capsys, *again)
+    assert f"--out {tmp_path} holds report.html" in line
+    assert line.endswith("give --overwrite to replace it, or another --out")
+    assert page.read_bytes() == before[1]
+    assert _train(task_module, *QUICK, "--out", tmp_path, "--overwrite", "--seeds", "7") == 0
+    assert json.loads(results.read_text())["settings"]["seeds"] == [7]
+    assert page.read_bytes() != before[1]
+
+
+def test_a_folder_is_one_runs_until_that_ends_or_is_killed(capsys, task_module, tmp_path, untrained):
+    code = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        arguments = ["--task", f"{task_module}:line", *QUICK, "--out", str(tmp_path)]
+        for more in ([], ["--overwrite"]):
+            assert f"--out {tmp_path}: another run writes there" in _rejected(capsys, *arguments, *more)
+        assert not (tmp_path / "results.json").exists()
+        other.kill()
+    assert _train(task_module, *QUICK, "--out", tmp_path) == 0
+    assert (tmp_path / ".lock").exists()
+    assert _train(task_module, *QUICK, "--out", tmp_path, "--overwrite") == 0
+
+
+def test_a_run_keeps_its_folder_to_itself(capsys, task_module, tmp_path, monkeypatch):
+    lines = []
+
+    def run_a_second(session, task):
+        if not lines:
+            lines.append("")
+            lines.append(_rejected(capsys, "--task", f"{task_module}:line", *QUICK, "--out", str(tmp_path)))
+
+    monkeypatch.setattr(runner._Session, "run_task", run_a_second)
+    assert _train(task_module, *QUICK, "--out", tmp_path) == 0
+    assert "another run writes there" in lines[1]
+
+
+@pytest.mark.parametrize("name", ["results.json", "report.html"])
+def test_a_full_disk_is_one_line_and_the_old_file_stays(capsys, task_module, tmp_path, monkeypatch, untrained, name):
+    (tmp_path / name).write_text("old")
+    replace = os.replace
+
+    def refuse(source, target):
+        if os.path.basename(target) == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    code = _train(task_module, *QUICK, "--out", tmp_path, "--overwrite")
+    captured = capsys.readouterr()
+    assert code == 1
+    assert captured.err == f"dho2-optax: error: {tmp_path / name} cannot be written: No space left on device\n"
+    assert "How to read this" in captured.out  # the tables are printed all the same
+    assert (tmp_path / name).read_text() == "old"
+    assert not list(tmp_path.glob("*.part"))
+
+
+FULL_OUTPUT = "dho2-optax: error: standard output cannot be written: No space left on device\n"
+
+
+def test_standard_output_that_is_full_is_one_line(capsys, task_module, tmp_path, monkeypatch, untrained):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", full)
+        assert _train(task_module, *QUICK, "--out", tmp_path / "o") == 1
+    assert capsys.readouterr().err == FULL_OUTPUT
+
+
+def test_what_a_full_standard_output_refused_is_not_tried_again_at_the_exit():
+    command = [sys.executable, "-m", "dho2_optax", "poc", "--help"]
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=buffered, check=False)
+    assert (done.returncode, done.stderr) == (1, FULL_OUTPUT)
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_partial_report(capsys, task_module, tmp_path, monkeypatch, number, expected):
+    train, write_html = runner.train, report.write_html
+
+    def interrupt_later(task, program, seed, *rest):
+        if seed == 2:
+            signal.raise_signal(number)
+        return train(task, program, seed, *rest)
+
+    def write_and_interrupt(*arguments):
+        if number == signal.SIGTERM:  # a second one does not stop the report
+            signal.raise_signal(number)
+        return write_html(*arguments)
+
+    monkeypatch.setattr(runner, "train", interrupt_later)
+    monkeypatch.setattr(report, "write_html", write_and_interrupt)
+    before = signal.getsignal(signal.SIGTERM)
+    code = _train(task_module, *QUICK, "--optimizers", "sgd", "--seeds", "0,1,2,3", "--out", tmp_path)
+    assert code == expected
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err == ""
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["status"] == "interrupted"
+    assert [row["seed"] for row in results["rows"]] == [0, 1]
+    assert "Interrupted." in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("number", "expected"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_before_any_run_is_one_line(capsys, task_module, tmp_path, number, expected):
+    name = f"signalling_{task_module}"
+    (tmp_path / f"{name}.py").write_text(f"import signal\nsignal.raise_signal(signal.{number})\n")
+    assert cli.main(["poc", "--task", f"{name}:f"]) == expected
+    assert capsys.readouterr().err == "dho2-optax: interrupted\n"
+
+
+def test_the_command_line_runs_outside_the_main_thread(capsys):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(cli.main(["poc", "--steps", "0"])))
+    thread.start()
+    thread.join()
+    assert codes == [2]
+    assert "--steps: expected a whole number" in capsys.readouterr().err
+
+
 def _environment():
     """An environment in which the command chooses its devices itself."""
     hidden = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "PJRT_NPROC")
@@ -321,7 +611,8 @@ def test_the_command_trains_on_real_data_and_writes_a_self_contained_report(tmp_
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_leaves_a_partial_report(tmp_path):
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_a_partial_report(tmp_path, number, expected):
     out = tmp_path / "report"
     command = [sys.executable, "-m", "dho2_optax", "poc", "--model", "mlp", "--steps", "100"]
     command += ["--devices", "1", "--optimizers", "sgd", "--out", str(out), "--batch-size", "64"]
@@ -330,9 +621,9 @@ def test_an_interrupted_run_leaves_a_partial_report(tmp_path):
     deadline = time.monotonic() + 120
     while not (out / "results.json").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    assert process.returncode == expected, errors
     assert "Traceback" not in output + errors
     results = json.loads((out / "results.json").read_text())
     assert results["status"] == "interrupted"
