@@ -201,6 +201,8 @@ def _leafwise(trees: list[Any], like: Vector) -> list[jax.Array | None]:
 def _diagonal_factors(base_state: Any, like: Vector, axis_name: str | None) -> Vector:
     r""":math:`P^{1/2} = (\sqrt{\nu} + \epsilon)^{-1/2}`, number by number; 1 where the base does not scale.
 
+    Zero where :math:`\nu` has overflowed: there the base does not step any more.
+
     Without the bias correction of :math:`\nu`, whose factor all numbers share: where :math:`P` is multiplied by a
     number, eigenvalues are too, and the update stays the same.
 
@@ -214,21 +216,28 @@ def _diagonal_factors(base_state: Any, like: Vector, axis_name: str | None) -> V
         dtype = vectors.at_least_float32(leaf.dtype)
         if moment is None:
             return jnp.ones_like(leaf, dtype=dtype)
-        return jax.lax.rsqrt(jnp.sqrt(jnp.maximum(moment.astype(dtype), 0)) + jnp.asarray(_EPSILON, dtype))
+        root = jax.lax.rsqrt(jnp.sqrt(jnp.maximum(moment.astype(dtype), 0)) + jnp.asarray(_EPSILON, dtype))
+        return jnp.where(jnp.isfinite(moment), root, 0)
 
     halves = [half(*pair) for pair in zip(_second_moments(base_state, like), leaves, strict=True)]
     # Padding, with second moments of zero, is never the smallest.
-    smallest = jnp.array([jnp.min(x, initial=jnp.inf) for x in halves])
+    smallest = jnp.array([jnp.min(x, initial=jnp.inf, where=x > 0) for x in halves])
     if axis_name is not None and segments.bound_axis_size(axis_name) is not None:
         smallest = jax.lax.pmin(smallest, axis_name)
     limits = math.sqrt(_MAX_RATIO) * smallest
     return treedef.unflatten([jnp.minimum(x, limit.astype(x.dtype)) for x, limit in zip(halves, limits, strict=True)])
 
 
+def _divide(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """``x / factor``, and zero where that is."""
+    factor = factor.astype(x.dtype)
+    return jnp.where(factor == 0, 0, x / jnp.where(factor == 0, 1, factor))
+
+
 DIAGONAL = Metric(
     factors=_diagonal_factors,
     half=lambda factors, vector: jax.tree.map(lambda s, x: s.astype(x.dtype) * x, factors, vector),
-    inverse_half=lambda factors, vector: jax.tree.map(lambda s, x: x / s.astype(x.dtype), factors, vector),
+    inverse_half=lambda factors, vector: jax.tree.map(_divide, vector, factors),
     elementwise=True,
 )
 """That of Adam, AdamW, NAdam, AMSGrad, AdaBelief, RMSprop and Adagrad, wherever they stand in the base."""
@@ -264,6 +273,7 @@ class Momentum(NamedTuple):
 
 
 _BETA = 0.9
+PLAIN_LIMIT = 2.0  # no momentum
 _SUM_LIMIT = 2 * (1 + _BETA)  # kappa = 1: heavy ball
 _MEAN_LIMIT = _SUM_LIMIT / (1 - _BETA)  # kappa = 1 - beta: Adam
 
@@ -271,17 +281,29 @@ _MOMENTA: dict[str, Callable[[Any], tuple[Any, float]]] = {
     "ScaleByAdamState": lambda state: (state.mu, _MEAN_LIMIT),
     "ScaleByAmsgradState": lambda state: (state.mu, _MEAN_LIMIT),
     "ScaleByBeliefState": lambda state: (state.mu, _MEAN_LIMIT),
+    "MuonState": lambda state: (state.mu, _MEAN_LIMIT),
     "KroneckerState": lambda state: (state.mu, _MEAN_LIMIT),
     "EmaState": lambda state: (state.ema, _MEAN_LIMIT),
     "TraceState": lambda state: (state.trace, _SUM_LIMIT),
 }
 
 
-def momentum(base_state: Any, like: Vector) -> Momentum | None:
-    """The momentum of a base that has one kind for all its leaves, else None."""
+def momentum(base_state: Any, gradient: Vector) -> Momentum:
+    """The momentum of a base that has one kind for all its leaves, else the gradient that it was fed."""
     found = [_MOMENTA[name](state) for name, state in _walk(base_state) if name in _MOMENTA]
     limits = {limit for _, limit in found}
-    leaves = _leafwise([tree for tree, _ in found], like)
+    leaves = _leafwise([tree for tree, _ in found], gradient)
     if len(limits) != 1 or any(x is None for x in leaves):
-        return None
-    return Momentum(jax.tree.structure(like).unflatten(leaves), limits.pop())
+        return Momentum(gradient, PLAIN_LIMIT)
+    return Momentum(jax.tree.structure(gradient).unflatten(leaves), limits.pop())
+
+
+def gain(limit: float) -> float:
+    r"""How far a momentum of this `limit` carries a gradient that lasts, :math:`\kappa / (1 - \beta)`."""
+    return 1 / (1 - _BETA) if limit == _SUM_LIMIT else 1.0
+
+
+def limit_of(state: Any) -> float:
+    """The `limit` of :class:`Momentum` of an optimizer of any kind, by its state."""
+    limits = [_MOMENTA[name](state)[1] for name, state in _walk(state) if name in _MOMENTA]
+    return min(limits, default=PLAIN_LIMIT)

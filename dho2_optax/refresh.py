@@ -151,10 +151,11 @@ def install(
     missed = missed_curvature(state.spectrum, new, axis_name).astype(state.missed.dtype)
     # One sum over the devices must wait for the other: devices that meet in different ones never go on.
     rotating = jax.tree.map(lambda x: jnp.where(missed >= 0, x, jnp.zeros_like(x)), state.subspace_state)
+    least = 0.0 if state.bounds is None else state.bounds.least
     return state._replace(
         spectrum=new,
         factors=factors,
-        subspace_state=rotate_state(rotating, state.spectrum, new, axis_name, damping, carry),
+        subspace_state=rotate_state(rotating, state.spectrum, new, axis_name, damping, carry, least),
         missed=missed,
         refreshes=state.refreshes + 1,
         refreshed_at=jnp.asarray(found_at, jnp.int32),

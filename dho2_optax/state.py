@@ -17,6 +17,7 @@ class DHO2State(NamedTuple):
     subspace_state: optax.OptState  # of the optimizer of the k coordinates
     base_state: optax.OptState  # of the base; on segments where the base runs on them
     sigma: jax.Array  # shape=(): factor of the base's step at the last update
+    bounds: Any  # a `subspace.Bounds`; None for `fosi`
     missed: jax.Array  # shape=(): see `subspace.missed_curvature`, of the last change of eigenpairs
     refreshes: jax.Array  # shape=(), dtype=int32: spectra installed
     rejected: jax.Array  # shape=(), dtype=int32: spectra and probes thrown away because a number was not finite

@@ -29,7 +29,7 @@ import optax
 
 from dho2_optax import vectors
 from dho2_optax.eigensolver import Spectrum
-from dho2_optax.metric import EUCLIDEAN, Geometry, Momentum
+from dho2_optax.metric import EUCLIDEAN, PLAIN_LIMIT, Geometry, Momentum, gain, limit_of
 from dho2_optax.vectors import Vector
 
 ArrayLike = jax.typing.ArrayLike
@@ -42,10 +42,14 @@ class Damping(NamedTuple):
     damping: ArrayLike
 
 
-def inverse_eigenvalues(spectrum: Spectrum, damping: Damping) -> jax.Array:
-    r"""``(k,)`` factors :math:`1 / |\lambda_i|_\text{damped}`, zero for pairs that are masked out."""
+def inverse_eigenvalues(spectrum: Spectrum, damping: Damping, least: ArrayLike = 0.0) -> jax.Array:
+    r"""``(k,)`` factors :math:`1 / |\lambda_i|_\text{damped}`, zero for pairs that are masked out.
+
+    All eigenvalues count as at least `least`.
+    """
     magnitude = jnp.where(spectrum.mask, jnp.abs(spectrum.eigenvalues), 0)
     damped = jnp.maximum(magnitude, damping.floor * jnp.max(magnitude)) + damping.damping
+    damped = jnp.maximum(damped, jnp.asarray(least, damped.dtype))
     usable = spectrum.mask & (damped > 0)
     return jnp.where(usable, 1 / jnp.where(usable, damped, 1), 0)
 
@@ -116,6 +120,7 @@ def rotate_state(
     axis_name: str | None,
     damping: Damping | None = None,
     carry: Callable[[Vector], Vector] = lambda x: x,
+    least: ArrayLike = 0.0,
 ) -> Any:
     r"""Carries the subspace optimizer's state to the coordinates of a new spectrum.
 
@@ -125,12 +130,12 @@ def rotate_state(
     eigenvalue. Applies to every floating-point leaf of length ``k``; counters and the like stay, and a number that is
     not finite counts as zero.
 
-    With `carry`, a change of metric, :math:`R = V_\text{new}\, \text{carry}\, V_\text{old}^\top`.
+    `least` is what the old eigenvalues counted as at least. With `carry`, a change of metric, :math:`R = V_\text{new}\, \text{carry}\, V_\text{old}^\top`.
     """
     num_pairs = new.eigenvalues.shape[0]
     before = after = 1.0
     if damping is not None:
-        before = inverse_eigenvalues(old, damping)
+        before = inverse_eigenvalues(old, damping, least)
         scale = inverse_eigenvalues(new, damping)
         after = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
 
@@ -145,6 +150,31 @@ def rotate_state(
     return jax.tree.map(rotate, state)
 
 
+_OUTLIER = 4.0  # how many times its usual length a gradient may have
+_DECAY = 0.9  # of what a base's momentum keeps of a gradient, see `metric.Momentum`
+_PACE = 0.1  # by how much the logarithm of the usual length follows
+
+
+class Bounds(NamedTuple):
+    """What bounds the Newton step by what the base would do."""
+
+    usual: jax.Array  # shape=(): length that gradients have of late, whatever single batches say; 0 before the first
+    peak: jax.Array  # shape=(): length of the longest gradient, less what the base's momentum has forgotten of it
+    least: jax.Array  # shape=(): what every eigenvalue counted as at least in the last update
+
+
+def follow(usual: jax.Array, length: jax.Array) -> jax.Array:
+    r"""A usual length after one more: its logarithm moves towards the new one, by a tenth at most.
+
+    So it is within a factor of three of what it was ten batches before, whatever they say, and from any start it is
+    right after some ten updates for every factor of e. A length that is zero or not finite is no length.
+    """
+    known = (length > 0) & jnp.isfinite(length)
+    length = jnp.where(known, length, 1)
+    moved = usual * jnp.exp(_PACE * jnp.clip(jnp.log(length / jnp.where(usual > 0, usual, length)), -1, 1))
+    return jnp.where(known, jnp.where(usual > 0, moved, length), usual).astype(usual.dtype)
+
+
 class HybridStep(NamedTuple):
     """What :func:`hybrid_step` returns."""
 
@@ -152,6 +182,7 @@ class HybridStep(NamedTuple):
     subspace_state: Any
     base_state: Any
     sigma: jax.Array  # shape=(): the factor of the base's step
+    bounds: Bounds | None
 
 
 def hybrid_step(
@@ -165,8 +196,9 @@ def hybrid_step(
     scale: Callable[[jax.Array], jax.Array],
     damping: Damping,
     axis_name: str | None,
+    bounds: Bounds | None = None,
     geometry: Geometry = EUCLIDEAN,
-    momentum_of: Callable[[Any], Momentum | None] = lambda base_state: None,
+    momentum_of: Callable[[Any, Vector], Momentum] = lambda base_state, gradient: Momentum(gradient, PLAIN_LIMIT),
 ) -> HybridStep:
     """One update by the rule above.
 
@@ -183,39 +215,57 @@ def hybrid_step(
       scale: from the curvature that the base tolerates, infinite where that is not known, to the factor of its step.
       damping: damping of the eigenvalues.
       axis_name: the axis the segments are split over.
+      bounds: those of the last update; None: as published, without bounds.
       geometry: the metric that the eigenpairs belong to.
-      momentum_of: reads the base's momentum from its state, in segment form.
+      momentum_of: reads the base's momentum, in segment form, from its state and the gradient that it was fed.
     """
     eigenvectors = spectrum.eigenvectors
-    coordinates = vectors.dots(eigenvectors, geometry.half(gradient), axis_name)
-    finite = jnp.all(jnp.isfinite(coordinates))
-    coordinates = jnp.where(finite, coordinates, 0)
+    coordinates, square = _dots_and_squares(eigenvectors, geometry.half(gradient), [gradient], axis_name)
+    trusted = jnp.all(jnp.isfinite(coordinates))
+    if bounds is not None:
+        length = jnp.sqrt(square[0]).astype(bounds.peak.dtype)
+        largest = jnp.sqrt(jnp.finfo(length.dtype).max)  # beyond it the square overflows
+        peak = jnp.maximum(jnp.nan_to_num(length, nan=0.0, posinf=largest), _DECAY * bounds.peak)
+        trusted = trusted & ((peak <= _OUTLIER * bounds.usual) | (bounds.usual == 0))
+    coordinates = jnp.where(trusted, coordinates, 0)
     newton, new_state = subspace.update(coordinates, subspace_state)
-    newton = jnp.where(finite, jnp.asarray(newton), 0) * inverse_eigenvalues(spectrum, damping)
-    subspace_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, subspace_state)
+    subspace_state = jax.tree.map(lambda new, old: jnp.where(trusted, new, old), new_state, subspace_state)
 
     steep = geometry.inverse_half(vectors.combine(coordinates, eigenvectors))
     complement = vectors.subtract(gradient, steep)
     base_update, base_state = base_step(complement)
 
     flat_update = geometry.inverse_half(base_update)
-    momentum = momentum_of(base_state)
-    inside = vectors.dots(eigenvectors, flat_update)
-    if momentum is None:
-        squares = jnp.zeros(0, inside.dtype)
-    else:
-        flat_momentum = geometry.half(momentum.vector)
-        squares = jnp.stack([vectors.dot(x, x).astype(inside.dtype) for x in (flat_update, flat_momentum)])
-    sums = jnp.concatenate([inside, squares])
-    sums = sums if axis_name is None else jax.lax.psum(sums, axis_name)
-    inside, squares = sums[: inside.size], sums[inside.size :]
-    inside = jnp.where(jnp.isfinite(inside), inside, 0)
-    sigma = scale(
-        jnp.asarray(jnp.inf) if momentum is None else tolerable_curvature(squares[0], squares[1], momentum.limit)
-    )
+    momentum = momentum_of(base_state, complement)
+    lengths = [flat_update, geometry.half(momentum.vector)]
+    inside, squares = _dots_and_squares(eigenvectors, flat_update, lengths, axis_name)
+    inside = jnp.where(trusted & jnp.isfinite(inside), inside, 0)
+    tolerable = tolerable_curvature(squares[0], squares[1], momentum.limit)
+    sigma = scale(tolerable)
+
+    least: ArrayLike = 0.0
+    if bounds is not None:
+        sigma = jnp.where(trusted, sigma, 1)
+        # How far the base would go by itself along a gradient that lasts, and how far the Newton step would.
+        pace, newton_pace = momentum.limit * gain(momentum.limit) / tolerable, alpha * gain(limit_of(subspace_state))
+        least = jnp.where(jnp.isfinite(tolerable), newton_pace / pace, bounds.least).astype(bounds.least.dtype)
+        bounds = Bounds(follow(bounds.usual, length), peak, least)
+    newton = jnp.where(trusted, jnp.asarray(newton), 0) * inverse_eigenvalues(spectrum, damping, least)
     correction = geometry.half(vectors.combine(sigma * inside + alpha * newton, eigenvectors))
 
     def assemble(d: jax.Array, v: jax.Array) -> jax.Array:
         return (sigma.astype(v.dtype) * d.astype(v.dtype) - v).astype(d.dtype)
 
-    return HybridStep(jax.tree.map(assemble, base_update, correction), subspace_state, base_state, sigma)
+    update = jax.tree.map(assemble, base_update, correction)
+    return HybridStep(update, subspace_state, base_state, sigma, bounds)
+
+
+def _dots_and_squares(
+    stack: Any, vector: Vector, others: list[Vector], axis_name: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Inner products of the rows of a stack with a vector, and the squared norms of others, in one sum over the axis."""
+    inside = vectors.dots(stack, vector)
+    squares = jnp.stack([vectors.dot(x, x).astype(inside.dtype) for x in others])
+    sums = jnp.concatenate([inside, squares])
+    sums = sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    return sums[: inside.size], sums[inside.size :]

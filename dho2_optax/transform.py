@@ -20,7 +20,7 @@ from dho2_optax.metric import Factors, Metric, Momentum
 from dho2_optax.refresh import Refresh, Solver, Source
 from dho2_optax.state import DHO2State
 from dho2_optax.streaming import streaming
-from dho2_optax.subspace import Damping, base_scale, hybrid_step
+from dho2_optax.subspace import Bounds, Damping, base_scale, hybrid_step
 from dho2_optax.vectors import Vector
 
 ArrayLike = jax.typing.ArrayLike
@@ -433,6 +433,7 @@ def fosi(
         average_gradients=False,
         base_on_segments=True,
         needs_curvature=True,
+        bounded=False,
     )
 
 
@@ -620,10 +621,12 @@ def _hybrid(
     base_on_segments: bool,
     needs_curvature: bool,
     rayleigh: Operator | None = None,
+    bounded: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation behind all optimizers, for one device of the solver's axis.
 
-    `needs_curvature` says that an update without curvature operator is an error.
+    `needs_curvature` says that an update without curvature operator is an error, `bounded` that the Newton step is
+    bounded by what the base steps.
     """
     axis_name = solver.axis_name
     base = optax.with_extra_args_support(base)
@@ -644,6 +647,7 @@ def _hybrid(
             subspace_state=subspace_tx.init(pairs.eigenvalues),
             base_state=base_state,
             sigma=jnp.ones_like(pairs.eigenvalues, shape=()),
+            bounds=Bounds(*(jnp.zeros_like(pairs.eigenvalues, shape=()) for _ in Bounds._fields)) if bounded else None,
             missed=jnp.zeros_like(pairs.eigenvalues, shape=()),
             refreshes=zero(),
             rejected=zero(),
@@ -659,18 +663,12 @@ def _hybrid(
         chosen = metric if isinstance(metric, Metric) else metric_lib.of_base(base_state)
         return metric_lib.snapshot(chosen, base_state, params, axis_name, segmented_base=segmented_base)
 
-    def momentum_of(params: Any) -> Callable[[Any], Momentum | None]:
-        """Reads the base's momentum, in segment form, from its state; nothing where it bounds nothing."""
-        if isinstance(sharpness_limit, float) and math.isinf(sharpness_limit):
-            return lambda base_state: None
-
-        def read(base_state: Any) -> Momentum | None:
-            found = metric_lib.momentum(base_state, segments.split(params, axis_name) if segmented_base else params)
-            if found is None or segmented_base:
-                return found
-            return found._replace(vector=segments.split(found.vector, axis_name))
-
-        return read
+    def momentum_of(base_state: Any, gradient: Vector, params: Any) -> Momentum:
+        """The base's momentum in segment form, or the gradient, in segment form too, that it was fed."""
+        if segmented_base or axis_name is None:
+            return metric_lib.momentum(base_state, gradient)
+        found = metric_lib.momentum(base_state, segments.gather(gradient, params, axis_name))
+        return found._replace(vector=segments.split(found.vector, axis_name))
 
     def operator_for(params: Any, batch: Any, value_fn: Any, full_params: Any) -> tuple[Operator, Any] | None:
         """The curvature operator of this update and what it takes for a batch, if it can be had."""
@@ -799,14 +797,16 @@ def _hybrid(
             scale=scale,
             damping=damping,
             axis_name=axis_name,
+            bounds=state.bounds,
             geometry=metric_lib.geometry(state.factors, params),
-            momentum_of=momentum_of(params),
+            momentum_of=lambda base_state, fed: momentum_of(base_state, fed, params),
         )
         state = state._replace(
             count=optax.safe_increment(state.count),
             subspace_state=step.subspace_state,
             base_state=step.base_state,
             sigma=step.sigma,
+            bounds=step.bounds,
         )
         return segments.gather(step.update, updates, axis_name), state
 
