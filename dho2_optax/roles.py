@@ -139,7 +139,8 @@ class _Log:
             self.failed(flight.error)
         elif flight is not None and flight.found is None:
             self.events["stalls"] += 1
-        if self.events["installed"] or self.has_raised:
+        was_tried = self.events["launches"] or self.events["failures"]
+        if not was_tried or self.events["installed"] or self.has_raised:
             return
         counts = ", ".join(f"{name} {value}" for name, value in self.events.items())
         warnings.warn(
