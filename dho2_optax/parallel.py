@@ -61,6 +61,26 @@ def batch_specs(batch: Any, mesh: Mesh, axis_name: str) -> Any:
     return jax.tree.map(spec, batch)
 
 
+def specs_of(arrays: Any, axis_name: str) -> Any:
+    """How arrays are sharded over one axis of their mesh."""
+
+    def spec(x: jax.Array) -> PartitionSpec:
+        dims = getattr(x.sharding, "spec", ())
+        return PartitionSpec(*(axis_name if axis_name in (d if isinstance(d, tuple) else (d,)) else None for d in dims))
+
+    return jax.tree.map(spec, arrays)
+
+
+def over_axis(
+    function: Callable[..., Any], mesh: Mesh, axis_name: str, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """``shard_map`` over one axis of a mesh; the others are left as they are."""
+    # Varying-axes checks would be applied to the user's loss too, which need not be written for them.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={axis_name}, check_vma=False
+    )
+
+
 def over_mesh(
     local: optax.GradientTransformationExtraArgs, mesh: Mesh, axis_name: str
 ) -> optax.GradientTransformationExtraArgs:
@@ -73,20 +93,9 @@ def over_mesh(
         raise ValueError(f"`axis_name` must be one of {mesh.axis_names} of the mesh, got {axis_name!r}.")
     replicated = PartitionSpec()
 
-    def shard_map(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        # Varying-axes checks would be applied to the user's loss too, which need not be written for them.
-        return jax.shard_map(
-            function,
-            mesh=mesh,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            axis_names={axis_name},
-            check_vma=False,
-        )
-
     def init(params: Any) -> Any:
         specs = state_specs(local.init, params, axis_name)
-        return jax.jit(shard_map(local.init, replicated, specs))(params)
+        return jax.jit(over_axis(local.init, mesh, axis_name, replicated, specs))(params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         specs = state_specs(local.init, params, axis_name)
@@ -97,7 +106,7 @@ def over_mesh(
 
         specs_of = {"batch": lambda batch: batch_specs(batch, mesh, axis_name), "hvp": lambda hvp: replicated}
         array_specs = {name: specs_of[name](value) for name, value in arrays.items()}
-        run = shard_map(local_update, (replicated, specs, replicated, array_specs), (replicated, specs))
-        return run(updates, state, params, arrays)
+        in_specs = (replicated, specs, replicated, array_specs)
+        return over_axis(local_update, mesh, axis_name, in_specs, (replicated, specs))(updates, state, params, arrays)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -5,10 +5,14 @@ a Lanczos process on a copy of the parameters and waits for it, while the caller
 looks now and then whether the spectrum is there.
 """
 
+import atexit
+import contextlib
 import threading
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +24,13 @@ from dho2_optax import eigensolver, plan, segments
 from dho2_optax.curvature import LossFn, Operator
 from dho2_optax.eigensolver import Select, Spectrum
 from dho2_optax.metric import Factors, geometry, split
-from dho2_optax.parallel import batch_specs
+from dho2_optax.parallel import batch_specs, over_axis, specs_of
 from dho2_optax.refresh import Solver, carrier, in_metric, install, is_sound, warm_start
 from dho2_optax.state import DHO2State, find_state, replace_state
 from dho2_optax.subspace import Damping
 
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.002
+_LEAVE_SECONDS = 1.0  # within which a thread notices that it is to leave
 
 _Found = tuple[Spectrum, bool, int]  # in segments over the group; whether all numbers were finite; products made
 _Factors = tuple[Factors | None, Factors | None]  # of the optimizer, in its own form, and whole on the group
@@ -40,23 +45,36 @@ class _Flight:
         self.launched_at = launched_at  # updates before
         self.factors = factors
         self.begin: float | None = None  # on the clock, once the program is compiled
-        self.end: float | None = None
+        self.over: float | None = None
         self.found: _Found | None = None
         self.error: Exception | None = None
         self._done = threading.Event()
+        self._leave = threading.Event()
         # A daemon: a device that hangs must not keep the program from ending.
-        threading.Thread(target=self._run, args=(compile_program, arguments), daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(compile_program, arguments), daemon=True)
+        self._thread.start()
 
     def _run(self, compile_program: Callable[[], Any], arguments: Sequence[Any]) -> None:
         try:
             program = compile_program()
             self.begin = time.perf_counter()
-            spectrum, finite, matvecs = jax.block_until_ready(program(*arguments))
-            self.found = (spectrum, bool(finite), int(matvecs))
+            if not self._leave.is_set():
+                self.found = self._await(program(*arguments))
         except Exception as error:
             self.error = error
-        self.end = time.perf_counter()
+        self.over = time.perf_counter()
         self._done.set()
+
+    def _await(self, result: Any) -> _Found | None:
+        """The result, once the devices are done with it; None if the thread is told to leave before.
+
+        It looks again and again: a thread that waits inside of JAX while the interpreter ends aborts the process.
+        """
+        while not all(x.is_ready() for x in jax.tree.leaves(result)):
+            if self._leave.wait(_POLL_SECONDS):
+                return None
+        spectrum, finite, matvecs = jax.block_until_ready(result)
+        return spectrum, bool(finite), int(matvecs)
 
     def is_done(self) -> bool:
         return self._done.is_set()
@@ -65,12 +83,85 @@ class _Flight:
         """How long it has been running, or ran."""
         if self.begin is None:
             return 0.0
-        return (time.perf_counter() if self.end is None else self.end) - self.begin
+        return (time.perf_counter() if self.over is None else self.over) - self.begin
 
     def wait(self, timeout: float) -> None:
         """Returns when it is done, or has been running for `timeout` seconds."""
         while not self._done.wait(_POLL_SECONDS) and self.seconds() < timeout:
             pass
+
+    def end(self, timeout: float) -> None:
+        """Waits as :meth:`wait` does, and has the thread leave a device that is not done by then to itself."""
+        self.wait(timeout)
+        self._leave.set()
+        while self.begin is None and self._thread.is_alive():
+            self._thread.join(_POLL_SECONDS)  # compiles, which always ends
+        self._thread.join(_LEAVE_SECONDS)
+
+
+class _Log:
+    """What a group has launched and what came of it; kept apart, since a group may be forgotten without `close`."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.flight: _Flight | None = None
+        self.stalled: _Flight | None = None
+        self.events = dict.fromkeys(("launches", "installed", "rejected", "failures", "stalls"), 0)
+        self.last_error: str | None = None
+        self.has_raised = False
+
+    def failed(self, error: Exception) -> None:
+        """Counts the failure of a device; what is no failure of a device, but of the user's function, is raised."""
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            self.has_raised = True
+            raise error
+        self.events["failures"] += 1
+        self.last_error = str(error)
+
+    def end(self, timeout: float) -> None:
+        """Ends the threads, waiting `timeout` seconds for their devices."""
+        for flight in (self.flight, self.stalled):
+            if flight is not None:
+                flight.end(timeout)
+
+    def report(self) -> None:
+        """Says what nobody has been told of what was launched since the last report.
+
+        Raises:
+          Exception: that of the user's function, if the process in flight ended with it.
+        """
+        try:
+            _unreported.remove(self)
+        except KeyError:
+            return
+        flight, self.flight, self.stalled = self.flight, None, None
+        if flight is not None and flight.error is not None:
+            self.failed(flight.error)
+        elif flight is not None and flight.found is None:
+            self.events["stalls"] += 1
+        was_tried = self.events["launches"] or self.events["failures"]
+        if not was_tried or self.events["installed"] or self.has_raised:
+            return
+        counts = ", ".join(f"{name} {value}" for name, value in self.events.items())
+        warnings.warn(
+            f"a CurvatureGroup has installed no spectrum ({counts}): the base alone has trained. Call `warm_up` before "
+            "training, since a process that is still being compiled at the end comes too late; train for longer than "
+            "a process takes; or give deterministic=True, which waits for it."
+            + ("" if self.last_error is None else f" The last error: {self.last_error}"),
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+_unreported: set[_Log] = set()
+
+
+def _end_all() -> None:
+    """Closes, at exit, the groups that nobody has closed."""
+    with contextlib.ExitStack() as stack:
+        for log in list(_unreported):
+            stack.callback(log.report)
+            stack.callback(log.end, log.timeout)
 
 
 class CurvatureGroup:
@@ -81,15 +172,18 @@ class CurvatureGroup:
     use, and launches the next one on a copy of the parameters. It waits for nothing, except in deterministic mode.
 
     A process that fails, takes longer than `timeout` or meets a number that is not finite changes nothing: training
-    goes on with the last good spectrum, and :meth:`metrics` counts the event.
+    goes on with the last good spectrum, and :meth:`metrics` counts the event. An error that is not one of a device, a
+    bug in `loss_fn` say, is raised by :meth:`advance` or :meth:`close`.
 
-    The eigenvectors and the Krylov basis are split over the devices of the group. The devices must be of this process.
-    On GPU and TPU the groups run at the same time. On CPU two programs that both have several devices take turns;
-    a group of one device runs beside the training.
+    A group is a context manager that ends with :meth:`close`. Where nobody closes a group, the end of the program does.
+
+    The eigenvectors and the Krylov basis are split over the devices of the group. On GPU and TPU the groups run at the
+    same time. On CPU two programs that both have several devices take turns; a group of one device runs beside the
+    training.
 
     Args:
       loss_fn: ``(params, batch) -> loss``, a scalar mean over samples; with `has_aux` ``(loss, aux)``.
-      devices: the devices of the group.
+      devices: the devices of the group, all of this process.
       curvature: an operator in place of `loss_fn`'s Hessian, as in :func:`dho2`.
       has_aux: whether `loss_fn` returns a pair.
       rank: as in :func:`dho2`, and the same as there; so are the following.
@@ -110,22 +204,23 @@ class CurvatureGroup:
         BatchNorm does.
 
     Raises:
-      ValueError: for options out of range, and in :meth:`advance` for an optimizer of another rank, or a batch that the
-        devices cannot share evenly.
+      ValueError: for options out of range or devices of another process, and in :meth:`advance` for an optimizer of
+        another rank, or a batch that the devices cannot share evenly.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> import dho2_optax as dho2
       >>> loss_fn = lambda params, batch: jnp.mean(batch * params**2)
       >>> tx = dho2.dho2(optax.sgd(0.1), rank=2, refresh_interval=None)
-      >>> group = dho2.CurvatureGroup(loss_fn, devices=jax.devices()[-1:], rank=2, interval=5, deterministic=True)
+      >>> options = {"rank": 2, "interval": 5, "deterministic": True}
       >>> params, batch = jnp.ones(4), jnp.asarray([4.0, 1.0, 0.1, 0.01])
       >>> state = tx.init(params)
-      >>> for _ in range(20):
-      ...     grads = jax.grad(loss_fn)(params, batch)
-      ...     updates, state = tx.update(grads, state, params)
-      ...     params = optax.apply_updates(params, updates)
-      ...     state = group.advance(state, params, batch[None])
+      >>> with dho2.CurvatureGroup(loss_fn, devices=jax.devices()[-1:], **options) as group:
+      ...     for _ in range(20):
+      ...         grads = jax.grad(loss_fn)(params, batch)
+      ...         updates, state = tx.update(grads, state, params)
+      ...         params = optax.apply_updates(params, updates)
+      ...         state = group.advance(state, params, batch[None])
       >>> group.metrics()["installed"], int(dho2.metrics(state)["active_pairs"])
       (3.0, 2)
 
@@ -167,6 +262,12 @@ class CurvatureGroup:
             raise ValueError(f"`devices` must be a non-empty list of jax devices, got {devices!r}.")
         if len(set(devices)) != len(devices):
             raise ValueError(f"`devices` must all be different, got {devices!r}.")
+        elsewhere = [device for device in devices if device.process_index != jax.process_index()]
+        if elsewhere:
+            raise ValueError(
+                f"`devices` must be of this process, {jax.process_index()}, got {elsewhere} of process "
+                f"{elsewhere[0].process_index}; choose among jax.local_devices()."
+            )
         if not isinstance(axis_name, str):
             raise ValueError(f"`axis_name` must be a string, got {axis_name!r}.")
         if not isinstance(interval, int) or interval < 1:
@@ -207,15 +308,30 @@ class CurvatureGroup:
         self._deliver: Any = None  # compiled: (optimizer state, spectrum, count, matvecs) -> optimizer state
         self._spectrum: Spectrum | None = None  # the last good one
         self._factors: Factors | None = None  # of its metric, whole
-        self._flight: _Flight | None = None
-        self._stalled: _Flight | None = None
         self._count: int | None = None  # of updates
         self._next_launch = 0
-        self._events = dict.fromkeys(("launches", "installed", "rejected", "failures", "stalls"), 0)
         self._staleness = 0
         self._wait_seconds = 0.0
         self._busy_seconds = 0.0
-        self._last_error: str | None = None
+        self._log = _Log(timeout)
+        # A thread keeps its group alive, so there is nothing to wait for where the group is forgotten.
+        weakref.finalize(self, self._log.report).atexit = False
+        # What is registered last runs first: before the finalizers of `weakref`, with which JAX takes apart what a
+        # thread may be tracing with, and before JAX lets go of the devices.
+        atexit.unregister(_end_all)
+        atexit.register(_end_all)
+
+    def __enter__(self) -> Self:
+        """The group itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Closes it; after an error, without waiting for its devices and without a word."""
+        if kind is None:
+            return self.close()
+        self._log.end(0.0)
+        self._log.flight = self._log.stalled = None
+        return _unreported.discard(self._log)
 
     @property
     def devices(self) -> list[Any]:
@@ -225,7 +341,7 @@ class CurvatureGroup:
     @property
     def last_error(self) -> str | None:
         """What the last process that failed raised."""
-        return self._last_error
+        return self._log.last_error
 
     def metrics(self) -> dict[str, float]:
         """Numbers about the group so far, of the host: reading them waits for no device.
@@ -236,7 +352,7 @@ class CurvatureGroup:
           ``wait_seconds`` (that :meth:`advance` waited for processes) and ``busy_seconds`` (that processes ran).
         """
         return {
-            **{name: float(value) for name, value in self._events.items()},
+            **{name: float(value) for name, value in self._log.events.items()},
             "staleness": float(self._staleness),
             "wait_seconds": self._wait_seconds,
             "busy_seconds": self._busy_seconds,
@@ -271,23 +387,28 @@ class CurvatureGroup:
             self._next_launch = self._count
         else:
             self._count += 1
-        state = self._collect(state, params)
-        if self._stalled is not None and self._stalled.is_done():
-            self._stalled = None
-        if self._flight is None and self._stalled is None and self._count >= self._next_launch:
+        state, log = self._collect(state, params), self._log
+        if log.stalled is not None and log.stalled.is_done():
+            log.stalled = None
+        if log.flight is None and log.stalled is None and self._count >= self._next_launch:
             self._launch(state, params, batch)
         return state
 
     def close(self) -> None:
-        """Waits for what is in flight, and drops it."""
-        for flight in (self._flight, self._stalled):
-            if flight is not None:
-                flight.wait(self._timeout)
-        self._flight = self._stalled = None
+        """Waits for what is in flight, for up to `timeout` seconds, and drops it.
+
+        Warns where processes were launched and no spectrum was ever installed. Closing a second time does nothing.
+
+        Raises:
+          Exception: that of `loss_fn` or `curvature`, if the process in flight ended with it.
+        """
+        self._log.end(self._timeout)
+        self._log.report()
 
     def _collect(self, state: Any, params: Any) -> Any:
         """Installs the spectrum of the process in flight if it is due and there."""
-        flight, count = self._flight, self._count or 0
+        log = self._log
+        flight, count = log.flight, self._count or 0
         if flight is None or (self._deterministic and count < flight.launched_at + self._interval):
             return state
         if self._deterministic:
@@ -296,29 +417,27 @@ class CurvatureGroup:
             self._wait_seconds += time.perf_counter() - begin
         if not flight.is_done():
             if flight.seconds() >= self._timeout:
-                self._events["stalls"] += 1
-                self._flight, self._stalled = None, flight
+                log.events["stalls"] += 1
+                log.flight, log.stalled = None, flight
             return state
-        self._flight = None
+        log.flight = None
         self._busy_seconds += flight.seconds()
         if flight.found is None:
-            if not isinstance(flight.error, jax.errors.JaxRuntimeError):
-                raise flight.error or RuntimeError("the Lanczos process ended without a result.")
-            self._events["failures"] += 1
-            self._last_error = str(flight.error)
+            log.failed(flight.error or RuntimeError("the Lanczos process ended without a result."))
             return state
         spectrum, finite, matvecs = flight.found
         if not finite:
-            self._events["rejected"] += 1
+            log.events["rejected"] += 1
             return state
         self._spectrum, self._factors = spectrum, flight.factors[1]
-        self._events["installed"] += 1
+        log.events["installed"] += 1
         self._staleness = count - flight.launched_at
         return self._install(state, params, spectrum, flight.factors[0], flight.launched_at, matvecs)
 
     def _launch(self, state: Any, params: Any, batch: Any) -> None:
         count = self._count or 0
         self._next_launch = count + self._interval
+        _unreported.add(self._log)
         try:
             factors = self._read_factors(state, params)
             params, batch = self._snapshot(params), self._place(batch)
@@ -326,13 +445,12 @@ class CurvatureGroup:
                 self._spectrum, self._factors = self._empty(params), factors[1]
             number = jax.device_put(np.int32(count), NamedSharding(self._mesh, PartitionSpec()))
         except jax.errors.JaxRuntimeError as error:
-            self._events["failures"] += 1
-            self._last_error = str(error)
+            self._log.failed(error)
             return
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch, factors[1]))
         arguments = (params, batch, self._spectrum, self._factors, factors[1], number)
-        self._flight = _Flight(count, factors, lambda: self._compile(*abstract), arguments)
-        self._events["launches"] += 1
+        self._log.flight = _Flight(count, factors, lambda: self._compile(*abstract), arguments)
+        self._log.events["launches"] += 1
 
     def _read_factors(self, state: Any, params: Any) -> _Factors:
         """The factors of the optimizer's metric as they are now."""
@@ -346,8 +464,14 @@ class CurvatureGroup:
                 elementwise, axis_name = factors.metric.elementwise, factors.axis_name
                 return new, segments.whole(new.values, params, axis_name) if elementwise else new.values
 
+            def specs(axis_name: str) -> tuple[Any, Any]:
+                base = specs_of(ours.base_state, axis_name) if ours.factors.segmented_base else PartitionSpec()
+                kept = _specs_as_kept(ours, axis_name).factors
+                return (kept, base, PartitionSpec()), (kept, PartitionSpec())
+
             shardings = jax.tree.map(lambda x: x.sharding, ours.factors)
-            self._read = jax.jit(read, out_shardings=(shardings, ours.spectrum.eigenvalues.sharding))
+            run, _ = _as_the_optimizer(read, ours, specs)
+            self._read = jax.jit(run, out_shardings=(shardings, ours.spectrum.eigenvalues.sharding))
         new, whole = self._read(ours.factors, ours.base_state, params)
         return new, Factors(self._snapshot(whole), new.metric, self._axis_name, segmented_base=False)
 
@@ -453,10 +577,17 @@ class CurvatureGroup:
                 state: DHO2State, new: Spectrum, factors: Any, like: Any, found_at: jax.Array, matvecs: jax.Array
             ) -> DHO2State:
                 carry = carrier(geometry(state.factors, like), geometry(factors, like))
-                state = install(state, new, factors, carry=carry, found_at=found_at, damping=damping, axis_name=None)
+                state = install(
+                    state, new, factors, carry=carry, found_at=found_at, damping=damping, axis_name=axis_name
+                )
                 return state._replace(matvecs=state.matvecs + matvecs)
 
-            self._deliver = jax.jit(deliver, out_shardings=jax.tree.map(lambda x: x.sharding, ours))
+            def specs(axis_name: str) -> tuple[Any, Any]:
+                kept, whole = _specs_as_kept(ours, axis_name), PartitionSpec()
+                return (kept, kept.spectrum, kept.factors, whole, whole, whole), kept
+
+            run, axis_name = _as_the_optimizer(deliver, ours, specs)
+            self._deliver = jax.jit(run, out_shardings=jax.tree.map(lambda x: x.sharding, ours))
         ours = self._deliver(ours, moved, factors, params, jnp.int32(launched_at), jnp.int32(matvecs))
         return replace_state(state, ours._replace(base_state=base_state))
 
@@ -477,3 +608,27 @@ class CurvatureGroup:
                 out_shardings=NamedSharding(self._mesh, PartitionSpec()),
             )
         return self._convert(found)
+
+
+def _as_the_optimizer(
+    function: Callable[..., Any], state: DHO2State, specs: Callable[[str], tuple[Any, Any]]
+) -> tuple[Callable[..., Any], str | None]:
+    """`function` as the optimizer runs its own: on one device of the axis over which its metric is split, if any.
+
+    What is made of segments outside of ``shard_map`` does not know over how many devices they are padded. Returns the
+    axis too. `specs` are those of inputs and outputs.
+    """
+    mesh = getattr(jax.tree.leaves(state.spectrum.eigenvectors)[0].sharding, "mesh", None)
+    axis_name = None if state.factors is None else state.factors.axis_name
+    if axis_name is None or not isinstance(mesh, Mesh):  # that is, on one device without a mesh
+        return function, None
+    return over_axis(function, mesh, axis_name, *specs(axis_name)), axis_name
+
+
+def _specs_as_kept(state: DHO2State, axis_name: str) -> Any:
+    """The ``PartitionSpec`` of every leaf of an optimizer's own state, without that of its base."""
+    specs = jax.tree.map(lambda _: PartitionSpec(), state._replace(base_state=()))
+    rows = jax.tree.map(lambda _: PartitionSpec(None, axis_name), state.spectrum.eigenvectors)
+    split = state.factors is not None and state.factors.metric.elementwise
+    factors = jax.tree.map(lambda _: PartitionSpec(axis_name) if split else PartitionSpec(), state.factors)
+    return specs._replace(spectrum=specs.spectrum._replace(eigenvectors=rows), factors=factors)

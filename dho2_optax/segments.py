@@ -147,7 +147,10 @@ def whole(tree: Vector, like: Vector, axis_name: str | None) -> Vector:
 
 
 def reduce_scatter_mean(tree: Vector, axis_name: str | None) -> Vector:
-    """This device's segment of the mean of `tree` over the devices; one reduce-scatter."""
+    """This device's segment of the mean of `tree` over the devices; one reduce-scatter of the leaves that vary.
+
+    A leaf that does not vary over the axis is its own mean.
+    """
     if axis_name is None:
         return tree
     num_devices = lax.axis_size(axis_name)
@@ -160,7 +163,13 @@ def reduce_scatter_mean(tree: Vector, axis_name: str | None) -> Vector:
         starts = [sum(p.shape[1] for p in pieces[:i]) for i in range(1, len(pieces))]
         return jnp.split(mean, starts)
 
-    return _by_dtype(scatter_group, tree, tree)
+    leaves, treedef = jax.tree.flatten(tree)
+    varies = [vectors.may_vary(leaf, axis_name) for leaf in leaves]
+    varying = [leaf for leaf, v in zip(leaves, varies, strict=True) if v]
+    means = iter(_by_dtype(scatter_group, varying, varying))
+    return treedef.unflatten(
+        [next(means) if v else split(leaf, axis_name) for leaf, v in zip(leaves, varies, strict=True)]
+    )
 
 
 def _by_dtype(function: Any, tree: Vector, like: Vector) -> Vector:

@@ -128,7 +128,11 @@ def dho2(
       mesh: makes `dho2` run on global arrays under ``jit``; without it, `axis_name` must be bound by the ``shard_map``
         or ``pmap`` that calls ``init`` and ``update``.
       average_gradients: the gradients given to ``update`` are those of the local batch; they are averaged here, by one
-        reduce-scatter, instead of before. Inside ``shard_map`` and ``pmap`` only.
+        reduce-scatter, instead of before. Inside ``shard_map`` and ``pmap`` only. Under ``shard_map(check_vma=True)``
+        the leaves that vary over the axis are averaged, the others are taken as they are: cast the parameters with
+        ``jax.lax.pcast(p, axis_name, to="varying")`` before differentiating, since JAX has *summed* the gradient with
+        respect to parameters that do not vary. Under ``check_vma=False`` and ``pmap``, where nothing is known of that,
+        every leaf is averaged.
       base_on_segments: run `base` on segments, with 1/P of its state on each device. False for a base that needs whole
         leaves (Muon, LAMB, Adafactor, clipping by norm ...): its state is then whole on every device, and an update
         costs one more all-gather.

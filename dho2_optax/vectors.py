@@ -46,6 +46,12 @@ def vary(tree: Any, axis_name: str | None) -> Any:
     return jax.tree.map(cast, tree)
 
 
+def may_vary(x: jax.Array, axis_name: str) -> bool:
+    """Whether `x` may differ from device to device of a bound axis: where nothing is tracked, every array may."""
+    tracked = axis_name in jax.typeof(lax.axis_index(axis_name)).manual_axis_type.varying
+    return not tracked or axis_name in jax.typeof(x).manual_axis_type.varying
+
+
 def zero_stack(size: int, like: Vector, dtype: Any = None) -> Stack:
     """A stack of `size` zero vectors; `dtype=None` keeps each leaf's, raised to at least float32."""
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
 from dho2_optax import parallel
-from tests.helpers import AXIS, flat, make_mesh, symmetric
+from tests.helpers import AXIS, SPLITTING, flat, make_mesh, on_devices, symmetric
 from tests.test_transform import START, DenseOptimizer, Problem, as_vector, make_problem
 
 _NUM_DEVICES = 4
@@ -329,6 +329,35 @@ def test_local_gradients_in_the_users_shard_map(average_gradients):
         _assert_close(got, want)
     split = state.base_state[0].trace["a"].sharding.spec == P(AXIS)
     assert split == average_gradients
+
+
+@pytest.mark.parametrize("how", SPLITTING)
+@pytest.mark.parametrize("num_devices", [2, 3])
+def test_gradients_and_products_of_which_some_leaves_are_averaged_already(num_devices, how):
+    """The leaf `a` is that of every device, `b` is the same on all."""
+    tx = dho2.mr_dho2(optax.sgd(0.1), rank=1, order=3, probe_interval=1, axis_name=AXIS, average_gradients=True)
+    params = {"a": np.asarray([1.0, -2.0, 3.0], np.float32), "b": np.ones(2, np.float32)}
+    curvature = np.random.default_rng(0).uniform(0.1, 1, (num_devices, 5)).astype(np.float32)
+    curvature[:, 4] += 5
+
+    def loss_fn(params, curvature):
+        return 0.5 * jnp.sum(curvature * as_vector(params) ** 2)
+
+    def program(params, curvature):
+        def step(state, _):
+            _, *found = dho2.value_grad_and_hvp(loss_fn, axis_name=AXIS)(params, state, curvature)
+            grads, hvp = ({"a": x["a"], "b": jax.lax.pmean(x["b"], AXIS)} for x in found)
+            updates, state = tx.update(grads, state, params, hvp=hvp)
+            return state, updates
+
+        state, updates = jax.lax.scan(step, tx.init(params), length=8)
+        return jax.tree.map(lambda x: x[0], updates), state.spectrum.eigenvalues
+
+    updates, eigenvalues = on_devices(program, num_devices, how)(params, curvature)
+    mean = curvature.mean(axis=0, dtype=np.float64)
+    for p in range(num_devices):
+        _assert_close(jax.tree.map(lambda x, p=p: x[p], updates), -0.1 * mean * flat(params))
+        np.testing.assert_allclose(eigenvalues[p], [mean.max()], rtol=1e-4)
 
 
 # Errors.

@@ -1,5 +1,7 @@
 """The README's code runs as it stands."""
 
+import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,9 +35,18 @@ def test_python_blocks_run_in_order(capsys):
         arguments = (*names["step"](*arguments[:2], names["batch"]), names["batch"])
     assert dho2.metrics(arguments[1])["matvecs"] == 5
     exec(blocks[4], names)
-    assert names["group"].metrics()["launches"] >= 1
-    names["group"].close()
+    assert names["group"].metrics()["installed"] == 4
     assert float(names["loss_fn"](names["params"], names["batch"])) < 0.05
+
+
+def test_the_example_of_a_group_ends_well_as_a_program_of_its_own():
+    blocks = [block for block in _blocks() if not block.startswith("# line.py")]
+    program = [sys.executable, "-c", blocks[0] + blocks[4]]
+    done = subprocess.run(program, cwd=README.parent, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    metrics = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert metrics["launches"] == 5
+    assert metrics["installed"] == 4
 
 
 def test_task_example_is_a_task(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import dho2_optax as dho2
 from dho2_optax import metric
 from dho2_optax.streaming import is_due
-from tests.helpers import AXIS, flat, flat_rows, make_mesh, on_devices, python_blocks, unflatten
+from tests.helpers import AXIS, SPLITTING, flat, flat_rows, make_mesh, on_devices, python_blocks, unflatten
 
 _SECTIONS = dict(
     re.findall(
@@ -121,11 +121,12 @@ def _sharded(tree: Any, mesh: Any, spec: Any) -> Any:
 
 
 def test_there_is_a_recipe_for_each_part():
-    assert list(_SECTIONS) == ["Weight decay", "Gradient clipping", "BatchNorm", "Dropout"]
+    assert list(_SECTIONS) == ["Weight decay", "Gradient clipping", "BatchNorm", "Dropout", "Your own shard_map"]
 
 
 @pytest.mark.parametrize(
-    ("title", "num_losses"), [("Weight decay", 1), ("Gradient clipping", 1), ("BatchNorm", 2), ("Dropout", 2)]
+    ("title", "num_losses"),
+    [("Weight decay", 1), ("Gradient clipping", 1), ("BatchNorm", 2), ("Dropout", 2), ("Your own shard_map", 2)],
 )
 def test_the_code_runs(title, num_losses):
     losses = [float(line) for line in _recipe(title)["printed"].splitlines()]
@@ -464,3 +465,51 @@ def test_in_a_shard_map_every_device_has_its_masks():
     assert len(np.unique(losses)) == 4
     gradient = lambda params: _first(run((params, key), same)[1][0])  # noqa: E731
     _assert_is_derivative(_first(hvp), gradient, params, _joined(segments, params))
+
+
+# The user's own shard_map.
+
+
+@pytest.mark.parametrize("how", SPLITTING)
+def test_what_the_gradient_is_with_and_without_the_cast(how):
+    names = _recipe("Your own shard_map")
+    loss_fn = names["loss_fn"]
+    options: dict[str, Any] = {"rank": 1, "refresh_interval": None, "axis_name": AXIS}
+    averaging = dho2.dho2(optax.sgd(1.0), average_gradients=True, **options)
+    not_averaging = dho2.dho2(optax.sgd(1.0), **options)
+
+    def cast(params: Any) -> Any:
+        return jax.tree.map(lambda p: jax.lax.pcast(p, AXIS, to="varying"), params)
+
+    def mean_loss(params: Any, batch: Any) -> jax.Array:
+        return jax.lax.pmean(loss_fn(params, batch), AXIS)
+
+    def updates(params: Any, batch: Any) -> dict[str, Any]:
+        local, mean = jax.grad(loss_fn)(params, batch), jax.grad(mean_loss)(params, batch)
+        gradients = {
+            "cast": (averaging, jax.grad(loss_fn)(cast(params), batch)),
+            "no cast": (averaging, local),
+            "averaged inside": (not_averaging, mean),
+            "averaged twice": (averaging, mean),
+        }
+        return {name: tx.update(g, tx.init(params), params)[0] for name, (tx, g) in gradients.items()}
+
+    params = jax.device_get(names["params"])
+    batch = jax.tree.map(lambda x: x[:255].reshape(3, -1, *x.shape[1:]), jax.device_get(names["batch"]))
+    shards = [jax.tree.map(lambda x, p=p: x[p], batch) for p in range(3)]
+    local = [flat(jax.grad(loss_fn)(params, shard)) for shard in shards]
+    mean = np.mean(local, axis=0)
+    tracked = how == "shard_map"
+    found = on_devices(updates, 3, how)(params, batch)
+    for name, right in {
+        "cast": [mean] * 3,
+        "no cast": [3 * mean if tracked else mean] * 3,
+        "averaged inside": None if not tracked else [mean] * 3,
+        "averaged twice": [mean] * 3,
+    }.items():
+        for p in range(3):
+            update = -flat(jax.tree.map(lambda x, p=p: x[p], found[name]))
+            if right is not None:
+                np.testing.assert_allclose(update, right[p], atol=1e-5, err_msg=name)
+            else:
+                assert np.abs(update - mean).max() > 0.01 * np.abs(mean).max()

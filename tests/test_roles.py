@@ -1,5 +1,10 @@
-"""Curvature on devices of its own: results, timing, and what happens when the group misbehaves."""
+"""Curvature on devices of its own: results, timing, the end, and what happens when the group misbehaves."""
 
+import functools
+import gc
+import re
+import subprocess
+import sys
 import threading
 import time
 
@@ -152,6 +157,109 @@ def test_the_number_of_devices_changes_nothing(num_training, num_curvature, segm
     expected = _train(1, 1, segments=False)
     for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+
+
+# Small training beside one device of curvature, with bases whose preconditioner is read in different ways.
+
+_SMALL = {"a": np.ones((12, 25), np.float32), "b": np.ones(3, np.float32)}
+_SAMPLES = np.random.default_rng(0).normal(size=(42, 25)).astype(np.float32) * np.logspace(0, -1, 25, dtype=np.float32)
+
+
+def _small_loss(params, batch):
+    return jnp.mean((jnp.tanh(batch @ params["a"].T) @ jnp.linspace(1, 2, 12) - params["b"].sum() ** 2) ** 2)
+
+
+def _read_with_a_sum(base_state, like, axis_name):
+    """A preconditioner that only a sum over the devices can tell."""
+    moments = base_state[0].nu
+    total = sum(jnp.sum(x) for x in jax.tree.leaves(moments))
+    total = total if axis_name is None else jax.lax.psum(total, axis_name)
+    return jax.tree.map(lambda x: 1 + x / (1 + total), moments)
+
+
+_OWN_METRIC = dho2.Metric(
+    factors=_read_with_a_sum,
+    half=lambda factors, x: jax.tree.map(jnp.multiply, factors, x),
+    inverse_half=lambda factors, x: jax.tree.map(jnp.divide, x, factors),
+    elementwise=True,
+)
+_BASES = {
+    "adam": lambda: (optax.adam(1e-2), {}),
+    "adam on whole leaves": lambda: (optax.adam(1e-2), {"base_on_segments": False}),
+    "sgd": lambda: (optax.sgd(1e-3, momentum=0.9), {}),
+    "soap": lambda: (dho2.soap(1e-2), {"base_on_segments": False}),
+    "a metric of one's own": lambda: (optax.adam(1e-2), {"metric": _OWN_METRIC}),
+}
+
+
+def _train_small(base, mesh=None, group_size=1, in_shard_map=False):
+    """Ten updates, three of them right after an installation; parameters and the last spectrum."""
+    tx, options = _BASES[base]()
+    if mesh is not None:
+        options = {"axis_name": "data", **options, **({} if in_shard_map else {"mesh": mesh})}
+    tx = dho2.dho2(tx, refresh_interval=None, rank=2, alpha=0.5, **options)
+
+    def step(params, state, batch):
+        updates, state = tx.update(jax.grad(_small_loss)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, batch, init = jax.tree.map(jnp.asarray, _SMALL), jnp.asarray(_SAMPLES), tx.init
+    if mesh is not None:
+        params, batch = jax.device_put((params, batch), NamedSharding(mesh, P()))
+    if in_shard_map:
+        specs = dho2.state_specs(tx.init, params, "data")
+        init = jax.shard_map(init, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False)
+        step = jax.shard_map(step, mesh=mesh, in_specs=(P(), specs, P()), out_specs=(P(), specs), check_vma=False)
+    state, step = jax.jit(init)(params), jax.jit(step)
+    options = {"rank": 2, "order": 6, "interval": 3, "deterministic": True}
+    with dho2.CurvatureGroup(_small_loss, devices=jax.devices()[-group_size:], **options) as group:
+        for _ in range(10):
+            params, state = step(params, state, batch)
+            state = group.advance(state, params, batch)
+            jax.block_until_ready(params)
+    assert group.metrics()["installed"] == 3
+    return jax.tree.map(np.asarray, (params, dho2.spectrum(state).eigenvalues))
+
+
+@functools.cache
+def _alone(base):
+    params, eigenvalues = _train_small(base)
+    assert np.abs(eigenvalues).min() > 0
+    assert np.linalg.norm(flat(params) - flat(_SMALL)) > 0.01 * np.linalg.norm(flat(_SMALL))
+    return params, eigenvalues
+
+
+def _assert_as_alone(base, found):
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(_alone(base)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("base", "num_training"),
+    [
+        *[("adam", num) for num in range(1, 8)],
+        ("adam on whole leaves", 3),
+        ("sgd", 5),
+        ("soap", 3),
+        ("soap", 6),
+        ("a metric of one's own", 5),
+    ],
+)
+def test_any_number_of_training_devices_changes_nothing(base, num_training):
+    mesh = Mesh(np.array(jax.devices()[:num_training]), ("data",))
+    _assert_as_alone(base, _train_small(base, mesh, group_size=min(3, 8 - num_training)))
+
+
+def test_beside_a_shard_map_of_the_users():
+    _assert_as_alone("adam", _train_small("adam", Mesh(np.array(jax.devices()[:3]), ("data",)), in_shard_map=True))
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_beside_a_mesh_with_a_second_axis(explicit):
+    devices = np.array(jax.devices()[:6])
+    axes = ((3, 2), ("data", "model"))
+    mesh = jax.make_mesh(*axes, devices=devices) if explicit else Mesh(devices.reshape(axes[0]), axes[1])
+    _assert_as_alone("adam", _train_small("adam", mesh))
 
 
 def test_deterministic_runs_agree_bit_for_bit():
@@ -362,6 +470,153 @@ def test_an_error_in_the_users_function_is_raised():
         run.step()
     with pytest.raises(TypeError, match="no such argument"):
         run.step()
+
+
+# The end of a group.
+
+
+def _broken(params, vector, batch):
+    raise TypeError("no such argument")
+
+
+def test_a_group_joins_its_thread_at_the_end_of_a_with_statement():
+    run = _Quadratic()
+    before = threading.active_count()
+    with run.group as group:
+        assert group is run.group
+        run.step_until("installed", 1)
+        while run.step()["launches"] < 2:
+            pass
+    assert threading.active_count() <= before
+    # Nothing is left to be said or waited for.
+    run.group.close()
+
+
+def test_a_group_that_has_installed_nothing_says_so_once():
+    run = _Quadratic()
+    run.step()
+    with pytest.warns(UserWarning, match=r"installed no spectrum \(launches 1, .*`warm_up`.*deterministic=True"):
+        run.group.close()
+    run.group.close()
+    _Quadratic().group.close()
+
+
+def test_a_group_that_only_failed_says_why():
+    device = _Device()
+    device.broken = True
+    run = _Quadratic(device.product, deterministic=True)
+    run.step_until("failures", 1)
+    with pytest.warns(UserWarning, match=r"(?s)failures \d,.*fell off the bus"):
+        run.group.close()
+
+
+def test_a_forgotten_group_says_that_it_has_installed_nothing():
+    before = threading.active_count()
+    runs = [_Quadratic()]
+    runs[0].step()
+    while threading.active_count() > before:
+        time.sleep(0.01)
+
+    def forget():
+        runs.clear()
+        gc.collect()
+
+    with pytest.warns(UserWarning, match="installed no spectrum"):
+        forget()
+
+
+def test_a_group_can_be_used_after_its_end():
+    run = _Quadratic(deterministic=True)
+    for _ in range(6):
+        run.step()
+    run.group.close()
+    run.step_until("installed", 2)
+    run.group.close()
+
+
+def test_the_end_raises_an_error_in_the_users_function():
+    run = _Quadratic(_broken)
+    run.step()
+    with pytest.raises(TypeError, match="no such argument"), run.group:
+        pass
+    run.group.close()
+
+
+def test_an_error_in_a_with_statement_is_not_hidden():
+    run = _Quadratic(_broken)
+
+    def train():
+        with run.group:
+            run.step()
+            raise KeyError("of the training")
+
+    with pytest.raises(KeyError, match="of the training"):
+        train()
+    run.group.close()
+
+
+def test_the_end_waits_no_longer_than_the_timeout():
+    device = _Device()
+    run = _Quadratic(device.product, deterministic=True, timeout=0.5)
+    run.step_until("installed", 1)
+    device.free.clear()
+    while not device.held_up.is_set():
+        run.step()
+    begin = time.monotonic()
+    run.group.close()
+    assert 0.4 < time.monotonic() - begin < 20
+    device.free.set()
+    assert run.metrics["stalls"] == 1
+
+
+_PROGRAM = """
+import jax, jax.numpy as jnp, optax, time
+import dho2_optax as dho2
+
+def quick(params, vector, batch):
+    return jnp.mean(batch) * params**2 * vector
+
+def slow(params, vector, batch):
+    square = jax.lax.fori_loop(0, 300, lambda _, x: x @ x, params[0] * jnp.full((700, 700), 1e-3))
+    return quick(params, vector, batch) + square[0, 0]
+
+def broken(params, vector, batch):
+    raise TypeError("no such argument")
+
+def main(operator, timeout):
+    tx = dho2.dho2(optax.sgd(0.1), rank=1, refresh_interval=None)
+    params = jnp.ones(3)
+    state = tx.init(params)
+    group = dho2.CurvatureGroup(curvature=operator, devices=jax.devices(), rank=1, timeout=timeout)
+    if operator is slow:
+        group.warm_up(state, params, jnp.ones(1))
+    group.advance(state, params, jnp.ones(1))
+    time.sleep(0.1)
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("main(quick, 60.0)", "installed no spectrum.*stalls 0"),
+        ("main(slow, 0.1)", "installed no spectrum.*stalls 1"),
+        ("main(broken, 60.0)", "TypeError: no such argument"),
+    ],
+)
+def test_a_program_with_a_group_that_nobody_closes_ends_well(call, message):
+    program = [sys.executable, "-c", _PROGRAM + call]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(message, done.stderr), done.stderr
+    assert done.stderr.count("Warning") + done.stderr.count("Error") == 1, done.stderr
+    assert "FATAL" not in done.stderr
+
+
+def test_devices_of_another_process(monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(ValueError, match=r"`devices` must be of this process, 1, got .* of process 0.*local_devices"):
+        dho2.CurvatureGroup(curvature=_product, devices=jax.devices()[:1])
 
 
 def test_a_batch_that_the_group_cannot_share():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dho2_optax import segments
+from dho2_optax import plan, segments, vectors
 from tests.helpers import AXIS, SPLITTING, count_instructions, flat, make_mesh, on_devices
 
 _SHAPES = {
@@ -150,6 +150,48 @@ def test_one_collective_for_each_dtype_however_many_leaves(num_leaves):
     assert count_instructions(hlo, "reduce-scatter") == 2
     assert count_instructions(hlo, "all-gather") == 2
     assert count_instructions(hlo, "all-reduce", "all-to-all", "collective-permute") == 0
+
+
+@pytest.mark.parametrize("how", SPLITTING)
+@pytest.mark.parametrize("num_devices", [2, 3])
+def test_a_leaf_that_does_not_vary_is_its_own_mean(num_devices, how):
+    """And is not summed: of the large numbers here, that would be more than float16 can hold."""
+    rng = np.random.default_rng(0)
+    same = np.asarray(rng.normal(size=700), np.float32)
+    large = np.full(3, 3e4, np.float16)
+    local = np.asarray(rng.normal(size=(num_devices, 5, 7)), np.float32)
+
+    def program(whole, local):
+        return segments.reduce_scatter_mean({**whole, "local": local}, AXIS)
+
+    whole = {"same": same, "large": large} if how == "shard_map" else {"same": same}
+    run = on_devices(program, num_devices, how)
+    found = {name: np.asarray(x).reshape(-1) for name, x in run(whole, local).items()}
+    np.testing.assert_allclose(found["same"][:700], same, rtol=0 if how == "shard_map" else 1e-6)
+    np.testing.assert_allclose(found["local"][:35], local.mean(axis=0).reshape(-1), atol=1e-6)
+    assert not found["same"][700:].any()
+    assert not found["local"][35:].any()
+    # Only where it is known what varies; one for each dtype that does.
+    operations = plan.collectives(run.lower(whole, local).compile())
+    reduced = [array.shape for found in operations for array in found.arrays if found.op == "reduce-scatter"]
+    lengths = [segments.padded_size(size, num_devices) // num_devices for size in (700, 35)]
+    assert [np.prod(shape) for shape in reduced] == ([lengths[1]] if how == "shard_map" else [sum(lengths)])
+    if how == "shard_map":
+        np.testing.assert_array_equal(found["large"][:3], large)
+
+
+def test_what_varies_is_known_where_it_is_tracked():
+    seen = {}
+    for how in (*SPLITTING, "vmap"):
+
+        def program(whole, local, how=how):
+            seen[how] = [vectors.may_vary(x, AXIS) for x in (whole, local, jax.lax.pmean(local, AXIS))]
+            return local
+
+        on_devices(program, 2, how)(np.zeros(3), np.zeros((2, 3)))
+    assert seen.pop("shard_map") == [False, True, False]
+    assert all(all(values) for values in seen.values())
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize("how", SPLITTING)
