@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "hostile.json"
 WORST, END = 10.0, 3.0  # the goals
 INTERVAL = 20  # updates between refreshes
 LAST = 20  # updates that the end is averaged over
-SEEDS = 7  # of a cell that is measured again
+SEEDS = 21  # of a cell that is measured again
 
 
 class Hostility(NamedTuple):

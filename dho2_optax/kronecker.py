@@ -20,6 +20,7 @@ makes a metric. Arrays of more than two axes count as matrices, all axes but the
 have nothing to rotate, get Adam's step.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -62,6 +63,7 @@ class KroneckerFactors(NamedTuple):
 
     scale: Any  # like the parameters: S, the preconditioner in the rotated coordinates
     bases: Any  # as in KroneckerState
+    alive: Any  # like the parameters, dtype=bool: what stands neither in a row nor in a column without any gradient
 
 
 class _Leaf(NamedTuple):
@@ -395,9 +397,22 @@ def _step(
 
     scale = _preconditioner(nu, eps, g.shape)
     direction = _rotate_back(scale * _rotate(mu / (1 - b1**updates), leaf.bases), leaf.bases)
+    direction = jnp.where(_alive(factors, g.shape), direction, 0)
     direction = jnp.where(jnp.isfinite(g), direction, g)
     bases = _map_sides(_vary_like, leaf.bases, factors)
     return direction.astype(gradient.dtype), _Leaf(mu, nu, factors, bases)
+
+
+def _alive(factors: Sides, shape: tuple[int, ...]) -> jax.Array:
+    """What stands neither in a row nor in a column that has never had a gradient; of what is not rotated, everything.
+
+    The eigenvectors of such rows are arbitrary, and rounding would move them through these.
+    """
+    left, right = (jnp.ones(1, bool) if factor is None else jnp.diagonal(factor) > 0 for factor in factors)
+    if factors.left is None and factors.right is None:
+        return jnp.ones(shape, bool)
+    size = math.prod(shape[:-1]), shape[-1]
+    return jnp.broadcast_to(left[:, None] & right[None, :], size).reshape(shape)
 
 
 def _vary_like(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -467,8 +482,15 @@ def kronecker_factors(base_state: Any, like: Vector, axis_name: str | None = Non
     def scale(mu: jax.Array, nu: Any) -> jax.Array:
         return jnp.where(state.count > 0, _preconditioner(nu, state.eps, mu.shape), 1)
 
+    def alive(mu: jax.Array, factors: Sides) -> jax.Array:
+        return (state.count == 0) | _alive(factors, mu.shape)
+
     # Bases of their own: the same buffer twice in a state could not be donated.
-    return KroneckerFactors(jax.tree.map(scale, state.mu, state.nu), jax.tree.map(jnp.copy, state.bases))
+    return KroneckerFactors(
+        jax.tree.map(scale, state.mu, state.nu),
+        jax.tree.map(jnp.copy, state.bases),
+        jax.tree.map(alive, state.mu, state.factors),
+    )
 
 
 def kronecker_half(factors: KroneckerFactors, vector: Vector) -> Vector:
@@ -484,9 +506,10 @@ def kronecker_inverse_half(factors: KroneckerFactors, vector: Vector) -> Vector:
 def _apply(function: Callable[[jax.Array], jax.Array], factors: KroneckerFactors, vector: Vector) -> Vector:
     """A function of the preconditioner, applied to a vector."""
 
-    def leaf(x: jax.Array, scale: jax.Array, bases: Sides) -> jax.Array:
+    def leaf(x: jax.Array, scale: jax.Array, bases: Sides, alive: jax.Array) -> jax.Array:
         dtype = jnp.promote_types(x.dtype, scale.dtype)
         bases = _map_sides(lambda basis: basis.astype(dtype), bases)
-        return _rotate_back(function(scale.astype(dtype)) * _rotate(x.astype(dtype), bases), bases).astype(x.dtype)
+        scaled = function(scale.astype(dtype)) * _rotate(jnp.where(alive, x, 0).astype(dtype), bases)
+        return jnp.where(alive, _rotate_back(scaled, bases), 0).astype(x.dtype)
 
-    return jax.tree.map(leaf, vector, factors.scale, factors.bases)
+    return jax.tree.map(leaf, vector, factors.scale, factors.bases, factors.alive)

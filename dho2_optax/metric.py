@@ -114,14 +114,27 @@ def snapshot(metric: Metric, base_state: Any, params: Any, axis_name: str | None
 
 
 _EPSILON = 1e-8  # what optax adds to the root of second moments
+_SECOND_DECAY = 0.999
 _MAX_RATIO = 1e3  # of numbers of P within a leaf
+
+
+
+def _unbiased(moments: Any, count: jax.Array) -> Any:
+    """Second moments of Adam and its kin, as they divide by them.
+
+    Of their decay, which no state tells, it is assumed that it is 0.999. Another one multiplies the eigenvalues of the
+    first updates by a number, and changes no update.
+    """
+    weight = 1 - jnp.float32(_SECOND_DECAY) ** jnp.maximum(count, 1)
+    return jax.tree.map(lambda nu: nu / weight.astype(nu.dtype), moments)
+
 
 # What of the state of optax's transformations the gradient is divided by the square root of. By name, since not all of
 # these types are public.
 _SECOND_MOMENTS: dict[str, Callable[[Any], Any]] = {
-    "ScaleByAdamState": lambda state: state.nu,
-    "ScaleByAmsgradState": lambda state: state.nu_max,
-    "ScaleByBeliefState": lambda state: state.nu,
+    "ScaleByAdamState": lambda state: _unbiased(state.nu, state.count),
+    "ScaleByAmsgradState": lambda state: state.nu_max,  # a maximum of unbiased ones
+    "ScaleByBeliefState": lambda state: _unbiased(state.nu, state.count),
     "ScaleByRmsState": lambda state: state.nu,
     "ScaleByRmsWithCountState": lambda state: state.nu,
     "ScaleByRssState": lambda state: state.sum_of_squares,
@@ -203,12 +216,10 @@ def _diagonal_factors(base_state: Any, like: Vector, axis_name: str | None) -> V
 
     Zero where :math:`\nu` has overflowed: there the base does not step any more.
 
-    Without the bias correction of :math:`\nu`, whose factor all numbers share: where :math:`P` is multiplied by a
-    number, eigenvalues are too, and the update stays the same.
-
     Within a leaf :math:`P` is at most 1000 times its smallest number. Weights that have hardly had a gradient yet, of a
     unit that no sample activates, say, would otherwise fill the subspace with directions of their own as soon as one
-    sample does; the base steps there no further than anywhere else, but a Newton step would.
+    sample does; the base steps there no further than anywhere else, but a Newton step would. A leaf without any
+    gradient so far has 1.
     """
     leaves, treedef = jax.tree.flatten(like)
 
@@ -217,14 +228,14 @@ def _diagonal_factors(base_state: Any, like: Vector, axis_name: str | None) -> V
         if moment is None:
             return jnp.ones_like(leaf, dtype=dtype)
         root = jax.lax.rsqrt(jnp.sqrt(jnp.maximum(moment.astype(dtype), 0)) + jnp.asarray(_EPSILON, dtype))
-        return jnp.where(jnp.isfinite(moment), root, 0)
+        return jnp.where(jnp.isfinite(moment), jnp.where(moment > 0, root, jnp.inf), 0)
 
     halves = [half(*pair) for pair in zip(_second_moments(base_state, like), leaves, strict=True)]
     # Padding, with second moments of zero, is never the smallest.
     smallest = jnp.array([jnp.min(x, initial=jnp.inf, where=x > 0) for x in halves])
     if axis_name is not None and segments.bound_axis_size(axis_name) is not None:
         smallest = jax.lax.pmin(smallest, axis_name)
-    limits = math.sqrt(_MAX_RATIO) * smallest
+    limits = jnp.where(jnp.isinf(smallest), 1, math.sqrt(_MAX_RATIO) * smallest)
     return treedef.unflatten([jnp.minimum(x, limit.astype(x.dtype)) for x, limit in zip(halves, limits, strict=True)])
 
 

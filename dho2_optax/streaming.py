@@ -27,6 +27,7 @@ from dho2_optax.vectors import Vector
 
 ArrayLike = jax.typing.ArrayLike
 
+_METRIC_UPDATES = 10  # of a base before its preconditioner is a metric: averages of fewer gradients are noise
 _AGREE = 0.05  # eigenvalues that moved by at most this part of the largest let the probes become rarer
 _DISAGREE = 0.2  # and by at least this part, more frequent
 
@@ -75,8 +76,8 @@ def streaming(
                 first, solver.order, seed=jnp.uint32(0), axis_name=axis_name, dtype=solver.basis_dtype
             ),
             # Copies: a state that shares a buffer with a hyperparameter could not be donated.
-            # With a metric not before the base's state says something, after its first update.
-            due_at=jnp.maximum(jnp.array(warmup_steps, jnp.int32), 0 if factors is None else 2),
+            # With a metric not before the base's state says something.
+            due_at=jnp.maximum(jnp.array(warmup_steps, jnp.int32), 0 if factors is None else _METRIC_UPDATES),
             interval=jnp.array(probe_interval, jnp.int32),
             pending=jnp.zeros((), bool),
             # With a metric the first cycle begins as all others do.

@@ -29,7 +29,7 @@ _OPTIONS = {
     "tolerance": 0.0,
     "base_scale_growth": 100.0,
 }
-_DENSE = {"alpha": 0.3, "refresh_interval": 2, "warmup_steps": 2, "decay": 0.9}
+_DENSE = {"alpha": 0.1, "refresh_interval": 2, "warmup_steps": 2, "decay": 0.9}
 _SCALE = 0.5  # of the loss; a scalar of the batch
 
 

@@ -184,7 +184,10 @@ class DenseOptimizer:
     def sigma(self):
         sizes = np.abs(self.values[self.num_smallest :])
         limit = max(self.numbers["base_scale_limit"], 1)
-        return float(np.clip(sizes.max() / max(sizes.min(), self.missed), 1, limit)) if sizes.size else 1.0
+        if not sizes.size:
+            return 1.0
+        tolerable = np.inf if self.published_rule else (3.8 if self.base_momentum else 2) / self.numbers["learning_rate"]
+        return float(np.clip(min(sizes.max(), tolerable) / max(sizes.min(), self.missed), 1, limit))
 
     def update(self, gradient, alpha):
         coordinates = self.rows @ gradient

@@ -1,0 +1,96 @@
+"""No batch does more harm to a hybrid than to its base alone: small parts of the grid of `benchmarks.hostile`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dho2_optax as dho2
+from benchmarks import hostile
+from tests.helpers import AXIS, make_mesh
+
+_UPDATES = 120
+_CASES = [
+    ("dim 0.01", "first refresh"),
+    ("dim 0.001", "every refresh"),
+    ("padding", "second refresh"),
+    ("empty", "every refresh"),
+    ("narrow", "every refresh"),
+    ("bright 100", "ten in a row"),
+    ("targets 1e4", "between"),
+    ("one target 1e4", "every refresh"),
+    ("shard bright 100", "before"),
+]
+
+
+def _stack(cases):
+    schedules = [hostile.schedule(*case, _UPDATES) for case in cases]
+    return hostile.Hostility(*(np.stack(x) for x in zip(*schedules, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("base", "hybrid"),
+    [
+        ("sgd", "dho2"),
+        ("momentum", "dho2"),
+        ("adam", "dho2"),
+        ("adam", "mr_dho2"),
+        pytest.param("rmsprop", "dho2", marks=pytest.mark.slow),
+        pytest.param("muon", "dho2", marks=pytest.mark.slow),
+        pytest.param("soap", "dho2", marks=pytest.mark.slow),
+        pytest.param("sgd", "mr_dho2", marks=pytest.mark.slow),
+    ],
+)
+def test_hostile_batches_harm_a_hybrid_no_more_than_its_base(base, hybrid):
+    problem = hostile.least_squares()
+    schedules, seeds = _stack(_CASES), jnp.zeros(len(_CASES), int)
+    alone = hostile.losses(problem, hostile.BASES[base]())(schedules, seeds)
+    ours = hostile.losses(problem, hostile.HYBRIDS[hybrid](hostile.BASES[base](), problem.loss_fn))(schedules, seeds)
+    for case, theirs, found in zip(_CASES, alone, ours, strict=True):
+        cell = hostile.compare(theirs[None], found[None])
+        assert not hostile.is_beyond(cell), (case, cell)
+
+
+def test_adam_stays_finite_where_a_gradient_overflows_and_so_does_the_hybrid():
+    problem = hostile.network()
+    schedules, seeds = _stack([("1e30", "first refresh"), ("1e30", "between")]), jnp.zeros(2, int)
+    for hybrid in ("dho2", "mr_dho2"):
+        tx = hostile.HYBRIDS[hybrid](optax.adam(1e-2), problem.loss_fn)
+        assert np.isfinite(hostile.losses(problem, tx)(schedules, seeds)).all()
+
+
+@pytest.mark.parametrize("name", ["dho2", "mr_dho2"])
+@pytest.mark.slow
+def test_ten_thousand_updates_of_a_mixture_of_all_hostile_batches_on_eight_devices(name):
+    """One batch in five is hostile, of a kind drawn at random."""
+    problem, num_updates = hostile.network(), 10_000  # on least squares a batch of 1e30 is infinite to Adam itself
+    rng = np.random.default_rng(0)
+    kinds = list(hostile.KINDS.values())
+    hostile_now = rng.random(num_updates) < 0.2
+    drawn = [kinds[rng.integers(len(kinds))] if bad else hostile.Hostility() for bad in hostile_now]
+    mixture = hostile.Hostility(*(np.array(x, np.float32) for x in zip(*drawn, strict=True)))
+    make = getattr(dho2, name)
+    hybrid = make(optax.adam(1e-2), problem.loss_fn, mesh=make_mesh(8), axis_name=AXIS)
+
+    def train(tx, sharding):
+        def step(carry, now):
+            params, state = carry
+            key, hostility = now
+            batch = jax.lax.with_sharding_constraint(problem.draw(key, hostility), sharding)
+            updates, state = tx.update(jax.grad(problem.loss_fn)(params, batch), state, params, batch=batch)
+            params = optax.apply_updates(params, updates)
+            return (params, state), problem.loss_fn(params, problem.clean)
+
+        start = (problem.params, tx.init(problem.params))
+        keys = jax.random.split(jax.random.key(3), num_updates)
+        (params, state), curve = jax.jit(lambda start: jax.lax.scan(step, start, (keys, mixture)))(start)
+        return params, state, np.asarray(curve)
+
+    mesh = make_mesh(8)
+    batches = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+    params, state, ours = train(hybrid, batches)
+    _, _, alone = train(optax.with_extra_args_support(optax.adam(1e-2)), batches)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+    assert dho2.metrics(state)["refreshes"] > 50
+    assert np.mean(ours[-100:]) <= 3 * np.mean(alone[-100:])
