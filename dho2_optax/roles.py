@@ -19,7 +19,7 @@ from dho2_optax import curvature as curvature_lib
 from dho2_optax import eigensolver, plan, segments
 from dho2_optax.curvature import LossFn, Operator
 from dho2_optax.eigensolver import Select, Spectrum
-from dho2_optax.metric import Factors, geometry, split
+from dho2_optax.metric import Factors, Geometry, Metric, geometry
 from dho2_optax.parallel import batch_specs
 from dho2_optax.refresh import Solver, carrier, in_metric, install, is_sound, warm_start
 from dho2_optax.state import DHO2State, find_state, replace_state
@@ -101,6 +101,7 @@ class CurvatureGroup:
       floor: as in :func:`dho2`.
       damping: as in :func:`dho2`.
       basis_dtype: as in :func:`dho2`.
+      metric: the optimizer's, if that is a :class:`dho2_optax.Metric`; one that is read from the base is known.
       interval: updates between two launches, at least.
       deterministic: use the spectrum launched after update ``t`` from update ``t + interval`` on, neither earlier nor
         later, waiting for it if need be. Then two runs give the same parameters bit for bit.
@@ -150,6 +151,7 @@ class CurvatureGroup:
         floor: float = 1e-3,
         damping: float = 0.0,
         basis_dtype: Any = None,
+        metric: Metric | None = None,
         interval: int = 50,
         deterministic: bool = False,
         timeout: float = 60.0,
@@ -169,6 +171,8 @@ class CurvatureGroup:
             raise ValueError(f"`devices` must all be different, got {devices!r}.")
         if not isinstance(axis_name, str):
             raise ValueError(f"`axis_name` must be a string, got {axis_name!r}.")
+        if not (metric is None or isinstance(metric, Metric)):
+            raise ValueError(f"`metric` must be None or a dho2_optax.Metric, got {metric!r}.")
         if not isinstance(interval, int) or interval < 1:
             raise ValueError(f"`interval` must be a positive int, got {interval!r}.")
         if not timeout > 0:
@@ -196,6 +200,7 @@ class CurvatureGroup:
         )
         self._operator = operator
         self._axis_name = axis_name
+        self._metric = metric
         self._mesh = Mesh(np.array(devices), (axis_name,))
         self._interval = interval
         self._deterministic = deterministic
@@ -340,16 +345,22 @@ class CurvatureGroup:
         if ours.factors is None:
             return None, None
         if self._read is None:
+            metric, axis_name = self._metric, self._optimizers_axis(ours, params)
+            elementwise = ours.factors.metric(metric).elementwise
 
             def read(factors: Factors, base_state: Any, params: Any) -> tuple[Factors, Any]:
-                new = factors.renewed(base_state, params)
-                elementwise, axis_name = factors.metric.elementwise, factors.axis_name
+                new = factors.renewed(base_state, params, axis_name=axis_name, metric=metric)
                 return new, segments.whole(new.values, params, axis_name) if elementwise else new.values
 
             shardings = jax.tree.map(lambda x: x.sharding, ours.factors)
             self._read = jax.jit(read, out_shardings=(shardings, ours.spectrum.eigenvalues.sharding))
         new, whole = self._read(ours.factors, ours.base_state, params)
-        return new, Factors(self._snapshot(whole), new.metric, self._axis_name, segmented_base=False)
+        return new, new._replace(values=self._snapshot(whole))
+
+    def _optimizers_axis(self, ours: DHO2State, params: Any) -> str | None:
+        """A name, bound nowhere, for the axis over which the optimizer splits vectors; None if it does not."""
+        shapes = jax.tree.map(lambda rows, x: rows.shape[1:] == np.shape(x), ours.spectrum.eigenvectors, params)
+        return None if all(jax.tree.leaves(shapes)) else self._axis_name
 
     def _snapshot(self, params: Any) -> Any:
         """A copy of the parameters on every device of the group; waits for nothing if they are replicated."""
@@ -391,13 +402,17 @@ class CurvatureGroup:
         kind = jax.tree.structure(factors)
         if kind in self._solve:
             return self._solve[kind]
-        solver, operator = self._solver, self._operator
+        solver, operator, axis_name, metric = self._solver, self._operator, self._axis_name, self._metric
+
+        def on_segments(factors: Factors | None, params: Any) -> Geometry:
+            kept = None if factors is None else factors.split(axis_name, metric)
+            return geometry(kept, params, axis_name=axis_name, metric=metric)
 
         def solve(
             params: Any, batch: Any, old: Spectrum, old_factors: Any, factors: Any, count: jax.Array
         ) -> tuple[Spectrum, jax.Array, jax.Array]:
-            before, now = (geometry(x and split(x), params) for x in (old_factors, factors))
-            matvec = in_metric(curvature_lib.segmented_matvec(operator, params, batch, self._axis_name), now)
+            before, now = (on_segments(x, params) for x in (old_factors, factors))
+            matvec = in_metric(curvature_lib.segmented_matvec(operator, params, batch, axis_name), now)
             process = solver.run(matvec, old, count, params, carrier(before, now))
             new = solver.publish(process)
             return new, is_sound(process, new), process.count
@@ -447,12 +462,14 @@ class CurvatureGroup:
             Spectrum(replicated, jax.tree.map(lambda x: x.sharding, target), replicated, replicated),
         )
         if self._deliver is None:
-            damping = self._solver.damping
+            damping, metric, axis_name = self._solver.damping, self._metric, self._optimizers_axis(ours, params)
 
             def deliver(
                 state: DHO2State, new: Spectrum, factors: Any, like: Any, found_at: jax.Array, matvecs: jax.Array
             ) -> DHO2State:
-                carry = carrier(geometry(state.factors, like), geometry(factors, like))
+                both = (state.factors, factors)
+                before, now = (geometry(x, like, axis_name=axis_name, metric=metric) for x in both)
+                carry = carrier(before, now)
                 state = install(state, new, factors, carry=carry, found_at=found_at, damping=damping, axis_name=None)
                 return state._replace(matvecs=state.matvecs + matvecs)
 

@@ -20,7 +20,7 @@ from dho2_optax import curvature, krylov, segments, vectors
 from dho2_optax.curvature import LossFn
 from dho2_optax.krylov import LanczosState
 from dho2_optax.masking import fill, hide
-from dho2_optax.metric import Factors, geometry
+from dho2_optax.metric import Factors, Metric, geometry
 from dho2_optax.refresh import Refresh, Solver, Source, carrier, in_metric, install, is_sound, keep_if
 from dho2_optax.state import DHO2State, find_state
 from dho2_optax.vectors import Vector
@@ -197,6 +197,7 @@ def value_grad_and_hvp(
     has_aux: bool = False,
     axis_name: str | None = None,
     batch_size: int | None = None,
+    metric: Metric | None = None,
 ) -> Callable[..., tuple[Any, Any, Any]]:
     r"""Loss, gradient and, where `mr_dho2` is due for a probe, the Hessian-vector product it wants.
 
@@ -210,6 +211,7 @@ def value_grad_and_hvp(
       axis_name: the optimizer's `axis_name`, inside ``shard_map`` or ``pmap``: gradient and product are then those of
         the local batch, to be averaged alike. With `mesh=` and without an axis: None.
       batch_size: take the product on this many samples only, the first ones of the batch. It is then computed apart.
+      metric: the optimizer's `metric`, if that is a :class:`dho2_optax.Metric`.
 
     Returns:
       A function ``(params, state, batch, allow_probe=True) -> (value, grads, hvp)``, with `value` what `loss_fn`
@@ -256,7 +258,7 @@ def value_grad_and_hvp(
         def probe() -> tuple[Any, Any, Any]:
             segment = found.probing.process.vector
             shown = hide(params, segment)
-            half = geometry(found.probing.factors, shown).half
+            half = geometry(found.probing.factors, shown, axis_name=axis_name, metric=metric).half
             vector = segments.whole(half(segment), shown, axis_name)
             vector = fill(vector, jax.tree.map(jnp.zeros_like, params))
             vector = vectors.vary(vectors.cast_like(vector, params), axis_name)

@@ -16,7 +16,7 @@ from dho2_optax import refresh as refresh_lib
 from dho2_optax.curvature import LossFn, Operator
 from dho2_optax.eigensolver import STATIC_HINT, Select, Spectrum
 from dho2_optax.masking import any_hidden, fill, hide, is_hidden
-from dho2_optax.metric import Factors, Metric, Momentum
+from dho2_optax.metric import Factors, Geometry, Metric, Momentum
 from dho2_optax.refresh import Refresh, Solver, Source
 from dho2_optax.state import DHO2State
 from dho2_optax.streaming import streaming
@@ -121,8 +121,9 @@ def dho2(
         :math:`1 / (\sqrt{\nu} + \epsilon)` for Adam, but within a leaf at most 1000 times its smallest number,
         eigenpairs are those of :math:`P^{1/2} H P^{1/2}`, and one copy of :math:`P` is kept with them. Known are Adam,
         AdamW, NAdam, AMSGrad, AdaBelief, RMSprop, Adagrad, :func:`dho2_optax.soap` and :func:`dho2_optax.shampoo`, in
-        chains and with masks. A :class:`dho2_optax.Metric` serves other bases. None: those of :math:`H`. ``"auto"``:
-        the base's if it is known, else None.
+        chains and with masks. A :class:`dho2_optax.Metric` serves other bases; whoever has only the state, a
+        :class:`CurvatureGroup` say, must be given it too. None: those of :math:`H`. ``"auto"``: the base's if it is
+        known, else None.
       basis_dtype: dtype of eigenvectors and Krylov basis. Default: that of the parameters, at least float32.
       axis_name: the data-parallel mesh axis over which eigenvectors, Krylov basis and the base's state are split.
       mesh: makes `dho2` run on global arrays under ``jit``; without it, `axis_name` must be bound by the ``shard_map``
@@ -628,6 +629,7 @@ def _hybrid(
     axis_name = solver.axis_name
     base = optax.with_extra_args_support(base)
     segmented_base = base_on_segments and axis_name is not None
+    own_metric = metric if isinstance(metric, Metric) else None
 
     def init(params: Any) -> DHO2State:
         _check_params(params)
@@ -656,8 +658,11 @@ def _hybrid(
         like = segments.split(params, axis_name) if segmented_base else params
         if metric is None or (metric == "auto" and not metric_lib.is_readable(base_state, like)):
             return None
-        chosen = metric if isinstance(metric, Metric) else metric_lib.of_base(base_state)
+        chosen = metric_lib.of_base(base_state) if own_metric is None else own_metric
         return metric_lib.snapshot(chosen, base_state, params, axis_name, segmented_base=segmented_base)
+
+    def geometry_of(factors: Factors | None, params: Any) -> Geometry:
+        return metric_lib.geometry(factors, params, axis_name=axis_name, metric=own_metric)
 
     def momentum_of(params: Any) -> Callable[[Any], Momentum | None]:
         """Reads the base's momentum, in segment form, from its state; nothing where it bounds nothing."""
@@ -712,7 +717,7 @@ def _hybrid(
             product=None,
             allowed=allowed,
             factors=lambda base_state: factors_of(base_state, params),
-            geometry=lambda factors: metric_lib.geometry(factors, params),
+            geometry=lambda factors: geometry_of(factors, params),
         )
         if hvp is not None:
             given, wanted = (jax.tree.structure(tree, is_leaf=is_hidden) for tree in (hvp, params))
@@ -799,7 +804,7 @@ def _hybrid(
             scale=scale,
             damping=damping,
             axis_name=axis_name,
-            geometry=metric_lib.geometry(state.factors, params),
+            geometry=geometry_of(state.factors, params),
             momentum_of=momentum_of(params),
         )
         state = state._replace(
