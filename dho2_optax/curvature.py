@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dho2_optax import segments, vectors
+from dho2_optax.arguments import check_functions, check_sizes, is_int
 from dho2_optax.vectors import Vector
 
 Batch = Any
@@ -61,6 +62,7 @@ def hessian(
     References:
       Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
     """
+    check_functions(loss_fn=loss_fn)
     if mode not in _MODES:
         raise ValueError(f"`mode` must be one of {_MODES}, got {mode!r}.")
 
@@ -112,6 +114,7 @@ def gauss_newton(
     References:
       Schraudolph, "Fast curvature matrix-vector products", Neural Computation 14 (2002).
     """
+    check_functions(model_fn=model_fn, output_loss_fn=output_loss_fn)
 
     def product(params: Vector, vector: Vector, batch: Batch) -> Vector:
         outputs, pushforward = jax.linearize(lambda p: model_fn(p, batch), params)
@@ -124,9 +127,9 @@ def gauss_newton(
 
 def _batched(product: Operator, batch_size: int | None, batch_start: int, microbatch_size: int | None) -> Operator:
     """Restricts an operator to a sub-batch and accumulates it over microbatches."""
-    for name, size in (("batch_size", batch_size), ("microbatch_size", microbatch_size)):
-        if size is not None and size <= 0:
-            raise ValueError(f"`{name}` must be positive, got {size}.")
+    check_sizes(batch_size=batch_size, microbatch_size=microbatch_size)
+    if not is_int(batch_start):
+        raise ValueError(f"`batch_start` must be a Python int, got {batch_start!r}.")
     if batch_start < 0:
         raise ValueError(f"`batch_start` must be non-negative, got {batch_start}.")
     samples = slice(batch_start, None if batch_size is None else batch_start + batch_size)

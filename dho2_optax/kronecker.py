@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from dho2_optax.eigensolver import STATIC_HINT
+from dho2_optax.arguments import STATIC_HINT, check_numbers, is_int, known
 from dho2_optax.vectors import Vector, at_least_float32
 
 ArrayLike = jax.typing.ArrayLike
@@ -191,8 +191,8 @@ def _descent(
     max_size: int,
 ) -> optax.GradientTransformation:
     """What `soap` and `shampoo` share: the preconditioner, weight decay, and the learning rate."""
-    _check_numbers({"learning_rate": learning_rate, "weight_decay": weight_decay}, "non-negative", lambda x: x >= 0)
-    no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
+    check_numbers("non-negative", schedule=True, learning_rate=learning_rate, weight_decay=weight_decay)
+    no_decay = known(weight_decay) == 0
     return optax.chain(
         scale_by_kronecker(
             scaling, b1=b1, b2=b2, eps=eps, precondition_interval=precondition_interval, max_size=max_size
@@ -241,14 +241,10 @@ def scale_by_kronecker(
     """
     if scaling not in _SCALINGS:
         raise ValueError(f"`scaling` must be one of {_SCALINGS}, got {scaling!r}. {STATIC_HINT}")
-    _check_numbers({"b1": b1, "b2": b2}, "in [0, 1)", lambda x: 0 <= x < 1)
-    _check_numbers({"eps": eps}, "positive", lambda x: x > 0)
-    _check_numbers(
-        {"precondition_interval": precondition_interval},
-        "a positive integer",
-        lambda x: x > 0 and not isinstance(x, float),
-    )
-    if not isinstance(max_size, int) or max_size < 0:
+    check_numbers("in [0, 1)", b1=b1, b2=b2)
+    check_numbers("positive", eps=eps)
+    check_numbers("positive", whole=True, precondition_interval=precondition_interval)
+    if not is_int(max_size) or max_size < 0:
         raise ValueError(f"`max_size` must be a Python int of at least 0, got {max_size!r}. {STATIC_HINT}")
 
     def init(params: Any) -> KroneckerState:
@@ -261,7 +257,8 @@ def scale_by_kronecker(
         leaves = _from_state(treedef, state)
 
         # The bases are renewed before anything reads them: a donated state is not copied where they are kept.
-        due = (state.count > 0) & ((state.count - 1) % precondition_interval == 0)
+        interval = jnp.asarray(precondition_interval, jnp.int32)
+        due = (state.count > 0) & (lax.rem(state.count - 1, interval) == 0)
         is_first = state.count == 1
         leaves = lax.cond(due, lambda old: [_renew(leaf, is_first) for leaf in old], lambda old: old, leaves)
 
@@ -274,13 +271,6 @@ def scale_by_kronecker(
         return directions, _to_state(treedef, [leaf for _, leaf in steps], count, jnp.asarray(eps, jnp.float32))
 
     return optax.GradientTransformation(init, update)
-
-
-def _check_numbers(values: dict[str, Any], allowed: str, is_allowed: Callable[[Any], bool]) -> None:
-    """Checks Python numbers; traced values and schedules pass."""
-    for name, value in values.items():
-        if isinstance(value, int | float) and not is_allowed(value):
-            raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
 
 
 def _to_state(treedef: Any, leaves: list[_Leaf], count: jax.Array, eps: jax.Array) -> KroneckerState:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dho2_optax import arguments, eigensolver, plan, segments
 from dho2_optax import curvature as curvature_lib
-from dho2_optax import eigensolver, plan, segments
 from dho2_optax.curvature import LossFn, Operator
 from dho2_optax.eigensolver import Select, Spectrum
 from dho2_optax.metric import Factors, Geometry, Metric, geometry
@@ -159,12 +159,10 @@ class CurvatureGroup:
     ) -> None:
         """See the class."""
         eigensolver.check_selection(rank, num_smallest, order, select)
+        arguments.check_functions(optional=True, loss_fn=loss_fn, curvature=curvature)
         operator = curvature if loss_fn is None else curvature_lib.hessian(loss_fn, has_aux=has_aux)
         if operator is None or (loss_fn is not None and curvature is not None):
             raise ValueError("give either `loss_fn` or `curvature`.")
-        for name, function in {"loss_fn": loss_fn, "curvature": curvature}.items():
-            if function is not None and not callable(function):
-                raise ValueError(f"`{name}` must be callable, got {function!r}.")
         if not devices or not all(isinstance(device, jax.Device) for device in devices):
             raise ValueError(f"`devices` must be a non-empty list of jax devices, got {devices!r}.")
         if len(set(devices)) != len(devices):
@@ -173,18 +171,10 @@ class CurvatureGroup:
             raise ValueError(f"`axis_name` must be a string, got {axis_name!r}.")
         if not (metric is None or isinstance(metric, Metric)):
             raise ValueError(f"`metric` must be None or a dho2_optax.Metric, got {metric!r}.")
-        if not isinstance(interval, int) or interval < 1:
-            raise ValueError(f"`interval` must be a positive int, got {interval!r}.")
-        if not timeout > 0:
-            raise ValueError(f"`timeout` must be positive, got {timeout!r}.")
-        for name, value in (
-            ("tolerance", tolerance),
-            ("max_residual", max_residual),
-            ("floor", floor),
-            ("damping", damping),
-        ):
-            if not value >= 0:
-                raise ValueError(f"`{name}` must be non-negative, got {value!r}.")
+        arguments.check_numbers("positive", whole=True, interval=interval)
+        arguments.check_numbers("positive", infinite=True, timeout=timeout)
+        arguments.check_numbers("non-negative", tolerance=tolerance, floor=floor, damping=damping)
+        arguments.check_numbers("non-negative", infinite=True, max_residual=max_residual)
         pairs = rank + num_smallest
         self._solver = Solver(
             rank=rank,
@@ -202,7 +192,7 @@ class CurvatureGroup:
         self._axis_name = axis_name
         self._metric = metric
         self._mesh = Mesh(np.array(devices), (axis_name,))
-        self._interval = interval
+        self._interval = int(interval)
         self._deterministic = deterministic
         self._timeout = timeout
         # Compiled: (params, batch, old spectrum, its factors, new ones, count) -> `_Found`; by structure of factors.

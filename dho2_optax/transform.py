@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from dho2_optax import arguments, eigensolver, krylov, parallel, segments, vectors
 from dho2_optax import curvature as curvature_lib
-from dho2_optax import eigensolver, krylov, parallel, segments, vectors
 from dho2_optax import metric as metric_lib
 from dho2_optax import refresh as refresh_lib
+from dho2_optax.arguments import STATIC_HINT
 from dho2_optax.curvature import LossFn, Operator
-from dho2_optax.eigensolver import STATIC_HINT, Select, Spectrum
+from dho2_optax.eigensolver import Select, Spectrum
 from dho2_optax.masking import any_hidden, fill, hide, is_hidden
 from dho2_optax.metric import Factors, Geometry, Metric, Momentum
 from dho2_optax.refresh import Refresh, Solver, Source
@@ -162,7 +163,7 @@ def dho2(
       Gu et al., "Accelerating Deep Neural Network Training via Distributed Hybrid Order Optimization",
       arXiv 2505.00982. Sivan et al., "FOSI: Hybrid First and Second Order Optimization", arXiv 2302.08484.
     """
-    _check_numbers(positive={"refresh_interval": refresh_interval, "warmup_steps": warmup_steps})
+    _check_schedule(refresh_interval, warmup_steps, optional=True)
 
     def refresh(solver: Solver) -> Refresh:
         if refresh_interval is None:
@@ -303,12 +304,11 @@ def mr_dho2(
       Gu et al., "Accelerating Deep Neural Network Training via Distributed Hybrid Order Optimization",
       arXiv 2505.00982, MR-DHO2.
     """
-    _check_numbers(
-        positive={"probe_interval": probe_interval, "max_probe_interval": max_probe_interval},
-        non_negative={"warmup_steps": warmup_steps},
-    )
-    bounds = (probe_interval, max_probe_interval)
-    if all(isinstance(x, int | float) for x in bounds) and bounds[1] < bounds[0]:  # pyright: ignore
+    arguments.check_numbers("positive", whole=True, probe_interval=probe_interval)
+    arguments.check_numbers("positive", whole=True, optional=True, max_probe_interval=max_probe_interval)
+    arguments.check_numbers("non-negative", whole=True, warmup_steps=warmup_steps)
+    shortest, longest = map(arguments.known, (probe_interval, max_probe_interval))
+    if shortest is not None and longest is not None and longest < shortest:
         raise ValueError(
             f"`max_probe_interval` must be at least probe_interval = {probe_interval}, got {max_probe_interval}."
         )
@@ -393,12 +393,11 @@ def fosi(
     """
     eigensolver.check_selection(rank, num_smallest, None, "algebraic")
     subspace = optax.identity() if subspace is None else subspace
-    _check_transformations(base=base, subspace=subspace)
-    _check_functions(loss_fn=loss_fn)
-    _check_numbers(
-        positive={"refresh_interval": refresh_interval, "warmup_steps": warmup_steps},
-        non_negative={"alpha": alpha, "base_scale_limit": base_scale_limit},
-    )
+    arguments.check_transformations(base=base, subspace=subspace)
+    arguments.check_functions(optional=True, loss_fn=loss_fn)
+    _check_schedule(refresh_interval, warmup_steps, optional=False)
+    arguments.check_numbers("non-negative", schedule=True, alpha=alpha)
+    arguments.check_numbers("non-negative", infinite=True, base_scale_limit=base_scale_limit)
 
     def start_at(old: Spectrum, seed: jax.Array, params: Vector, axis_name: str | None, carry: Any) -> Vector:
         del old, seed, carry
@@ -472,26 +471,9 @@ class MultiSteps(optax.MultiSteps):
         return optax.GradientTransformationExtraArgs(self.init, self.update)
 
 
-def _check_transformations(**transformations: Any) -> None:
-    for name, tx in transformations.items():
-        if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
-            raise ValueError(f"`{name}` must be an optax.GradientTransformation, got {tx!r}.")
-
-
-def _check_functions(**functions: Any) -> None:
-    for name, function in functions.items():
-        if function is not None and not callable(function):
-            raise ValueError(f"`{name}` must be callable, got {function!r}. {STATIC_HINT}")
-
-
-def _check_numbers(positive: dict[str, Any], non_negative: dict[str, Any] | None = None) -> None:
-    """Checks Python numbers; traced values, schedules and None pass."""
-    for name, value in {**positive, **(non_negative or {})}.items():
-        if not isinstance(value, int | float):
-            continue
-        if not value >= 0 or (name in positive and value == 0):
-            least = "positive" if name in positive else "non-negative"
-            raise ValueError(f"`{name}` must be {least}, got {value!r}.")
+def _check_schedule(refresh_interval: Any, warmup_steps: Any, *, optional: bool) -> None:
+    arguments.check_numbers("positive", whole=True, optional=optional, refresh_interval=refresh_interval)
+    arguments.check_numbers("positive", whole=True, optional=True, warmup_steps=warmup_steps)
 
 
 def _check_params(params: Any) -> None:
@@ -535,21 +517,13 @@ def _distributed(
     """What `dho2` and `mr_dho2` share: checks, the solver, and the mesh."""
     eigensolver.check_selection(rank, num_smallest, order, select)
     subspace = optax.ema(0.9, debias=False) if subspace is None else subspace
-    _check_transformations(base=base, subspace=subspace)
-    _check_functions(loss_fn=loss_fn, curvature=curvature, rayleigh=rayleigh)
-    _check_numbers(
-        positive={"sharpness_limit": sharpness_limit},
-        non_negative={
-            "alpha": alpha,
-            "tolerance": tolerance,
-            "max_residual": max_residual,
-            "floor": floor,
-            "damping": damping,
-            "base_scale_limit": base_scale_limit,
-        },
-    )
-    if isinstance(base_scale_growth, int | float) and not base_scale_growth >= 1:
-        raise ValueError(f"`base_scale_growth` must be at least 1, got {base_scale_growth!r}.")
+    arguments.check_transformations(base=base, subspace=subspace)
+    arguments.check_functions(optional=True, loss_fn=loss_fn, curvature=curvature, rayleigh=rayleigh)
+    arguments.check_numbers("non-negative", schedule=True, alpha=alpha)
+    arguments.check_numbers("non-negative", tolerance=tolerance, floor=floor, damping=damping)
+    arguments.check_numbers("non-negative", infinite=True, max_residual=max_residual, base_scale_limit=base_scale_limit)
+    arguments.check_numbers("positive", infinite=True, sharpness_limit=sharpness_limit)
+    arguments.check_numbers("at least 1", infinite=True, base_scale_growth=base_scale_growth)
     if rayleigh is not None and loss_fn is None and curvature is None:
         raise ValueError("`rayleigh` needs `loss_fn` or `curvature`.")
     if mesh is not None and not isinstance(mesh, Mesh):
