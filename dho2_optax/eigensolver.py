@@ -212,6 +212,8 @@ def lanczos(
     """
     check_selection(rank, num_smallest, order, select)
     arguments.check_numbers("non-negative", tolerance=tolerance)
+    segments.check_bound(axis_name)
+    like = vectors.as_arrays(like)
     size = sum(leaf.size for leaf in jax.tree.leaves(like))
     if size == 0:
         raise ValueError("`like` must hold at least one number, got an empty pytree.")

@@ -29,7 +29,7 @@ import optax
 from jax import lax
 
 from dho2_optax.arguments import STATIC_HINT, check_numbers, is_int, known
-from dho2_optax.vectors import Vector, at_least_float32
+from dho2_optax.vectors import Vector, as_arrays, at_least_float32
 
 ArrayLike = jax.typing.ArrayLike
 Scaling = Literal["soap", "shampoo"]
@@ -248,11 +248,12 @@ def scale_by_kronecker(
         raise ValueError(f"`max_size` must be a Python int of at least 0, got {max_size!r}. {STATIC_HINT}")
 
     def init(params: Any) -> KroneckerState:
-        leaves = [_start(x, scaling, max_size) for x in jax.tree.leaves(params)]
+        leaves = [_start(x, scaling, max_size) for x in jax.tree.leaves(as_arrays(params))]
         return _to_state(jax.tree.structure(params), leaves, jnp.zeros((), jnp.int32), jnp.asarray(eps, jnp.float32))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, KroneckerState]:
         del params
+        updates = as_arrays(updates)
         treedef = jax.tree.structure(updates)
         leaves = _from_state(treedef, state)
 

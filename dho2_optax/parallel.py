@@ -5,7 +5,10 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dho2_optax.state import check_state
+from dho2_optax.vectors import as_arrays
 
 InitFn = Callable[[Any], Any]
 
@@ -84,11 +87,28 @@ def over_mesh(
             check_vma=False,
         )
 
+    def check_whole(**trees: Any) -> None:
+        for name, tree in trees.items():
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                spec = jax.typeof(leaf).sharding.spec
+                if axis_name in jax.tree.leaves(tuple(spec)):
+                    raise ValueError(
+                        f"`{name}` must be whole along mesh axis {axis_name!r}, got {spec} at "
+                        f"{jax.tree_util.keystr(path)}; jax.sharding.reshard it, or make the axis one of AxisType.Auto."
+                    )
+
     def init(params: Any) -> Any:
+        params = as_arrays(params)
+        check_whole(params=params)
         specs = state_specs(local.init, params, axis_name)
         return jax.jit(shard_map(local.init, replicated, specs))(params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("`update` needs `params`, got None.")
+        updates, params = as_arrays((updates, params))
+        check_whole(params=params, updates=updates, hvp=extra.get("hvp"))
+        check_state(state, jax.eval_shape(local.init, params))
         specs = state_specs(local.init, params, axis_name)
         arrays = {name: extra.pop(name) for name in ("batch", "hvp") if extra.get(name) is not None}
 
@@ -97,6 +117,10 @@ def over_mesh(
 
         specs_of = {"batch": lambda batch: batch_specs(batch, mesh, axis_name), "hvp": lambda hvp: replicated}
         array_specs = {name: specs_of[name](value) for name, value in arrays.items()}
+        if "batch" in arrays and mesh.axis_types[mesh.axis_names.index(axis_name)] is AxisType.Explicit:
+            # Only where axes are explicit it does not get there by itself.
+            place = lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec))  # noqa: E731
+            arrays["batch"] = jax.tree.map(place, arrays["batch"], array_specs["batch"])
         run = shard_map(local_update, (replicated, specs, replicated, array_specs), (replicated, specs))
         return run(updates, state, params, arrays)
 

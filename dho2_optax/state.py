@@ -25,6 +25,34 @@ class DHO2State(NamedTuple):
     probing: Any  # a `streaming.Probing` of `mr_dho2`, else None
 
 
+# What an optimizer of another making differs in, and by which of its arguments.
+_MADE_BY = {
+    "spectrum": "`rank`, `num_smallest`, `basis_dtype` or parameters",
+    "base_state": "`base`",
+    "factors": "`metric`",
+    "subspace_state": "`subspace`",
+    "probing": "kind (dho2, mr_dho2) or `order`",
+}
+
+
+def check_state(state: Any, expected: DHO2State) -> None:
+    """Raises ValueError unless `state` has the structure and the shapes of `expected`."""
+    if not isinstance(state, DHO2State):
+        raise ValueError(f"`state` must be a DHO2State, as `init` returns it, got a {type(state).__name__}.")
+
+    def describe(tree: Any) -> tuple[Any, list[Any]]:
+        return jax.tree.structure(tree), [jax.numpy.shape(x) for x in jax.tree.leaves(tree)]
+
+    for field, argument in _MADE_BY.items():
+        got, wanted = (describe(getattr(x, field)) for x in (state, expected))
+        if got != wanted:
+            shown = zip(got, wanted, strict=True)
+            first = next(f"got {a}, wanted {b}" for a, b in shown if a != b)
+            raise ValueError(
+                f"`state` must be one of this optimizer, but its `{field}` is that of another {argument}: {first}."
+            )
+
+
 def find_state(state: Any) -> DHO2State:
     """The one :class:`DHO2State` in the state of an optimizer.
 

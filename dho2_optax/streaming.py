@@ -29,6 +29,10 @@ ArrayLike = jax.typing.ArrayLike
 
 _AGREE = 0.05  # eigenvalues that moved by at most this part of the largest let the probes become rarer
 _DISAGREE = 0.2  # and by at least this part, more frequent
+_WITHOUT_FORWARD_MODE = (
+    "give mr_dho2 `curvature=dho2_optax.hessian(loss_fn, mode='reverse-over-reverse')`, `update` the batch, and take "
+    "the gradient by itself"
+)
 
 
 class Probing(NamedTuple):
@@ -248,8 +252,8 @@ def value_grad_and_hvp(
         found = find_state(state)
         if found.probing is None:
             raise ValueError("`state` must be that of an mr_dho2: others take no probes.")
-        params = vectors.vary(params, axis_name)
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
+        params = vectors.vary(vectors.as_arrays(params), axis_name)
+        value_and_grad = jax.value_and_grad(curvature.checked_loss(loss_fn, has_aux=has_aux), has_aux=has_aux)
 
         def plain() -> tuple[Any, Any, Any]:
             value, grads = value_and_grad(params, batch)
@@ -263,7 +267,9 @@ def value_grad_and_hvp(
             vector = fill(vector, jax.tree.map(jnp.zeros_like, params))
             vector = vectors.vary(vectors.cast_like(vector, params), axis_name)
             if found.probing.anchor is None and batch_size is None:
-                (value, grads), (_, hvp) = jax.jvp(lambda p: value_and_grad(p, batch), (params,), (vector,))
+                (value, grads), (_, hvp) = curvature.forward_mode(
+                    lambda: jax.jvp(lambda p: value_and_grad(p, batch), (params,), (vector,)), _WITHOUT_FORWARD_MODE
+                )
                 return value, grads, hvp
             at = fill(probe_params(found.probing, shown), params)
             return *value_and_grad(params, batch), product(vectors.vary(at, axis_name), vector, batch)

@@ -19,12 +19,16 @@ from dho2_optax.eigensolver import Select, Spectrum
 from dho2_optax.masking import any_hidden, fill, hide, is_hidden
 from dho2_optax.metric import Factors, Geometry, Metric, Momentum
 from dho2_optax.refresh import Refresh, Solver, Source
-from dho2_optax.state import DHO2State
+from dho2_optax.state import DHO2State, check_state
 from dho2_optax.streaming import streaming
 from dho2_optax.subspace import Damping, base_scale, hybrid_step
 from dho2_optax.vectors import Vector
 
 ArrayLike = jax.typing.ArrayLike
+_DROPPED = (
+    "If it was given: flax's TrainState.apply_gradients and optax.MultiSteps in a chain drop keyword arguments; "
+    "override the one, and use dho2_optax.MultiSteps(...).gradient_transformation() for the other."
+)
 
 
 def dho2(
@@ -478,9 +482,10 @@ def _check_schedule(refresh_interval: Any, warmup_steps: Any, *, optional: bool)
 
 def _check_params(params: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        is_array = hasattr(leaf, "dtype")
+        if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
-                f"`params` must hold real floating-point numbers, got {leaf.dtype} at "
+                f"`params` must hold real floating-point numbers, got {leaf.dtype if is_array else repr(leaf)} at "
                 f"{jax.tree_util.keystr(path)}; leave such leaves out with optax.masked."
             )
 
@@ -606,6 +611,7 @@ def _hybrid(
     own_metric = metric if isinstance(metric, Metric) else None
 
     def init(params: Any) -> DHO2State:
+        params = vectors.as_arrays(params)
         _check_params(params)
         like = segments.split(params, axis_name)
         pairs = eigensolver.zero_spectrum(solver.num_pairs, like, solver.basis_dtype)
@@ -671,15 +677,17 @@ def _hybrid(
             return None if batch is None and not needs_curvature else (curvature, batch)
         if loss_fn is not None:
             if batch is None and needs_curvature:
-                raise ValueError("`update` needs `batch=`, which `loss_fn` is called with, got None.")
+                raise ValueError(f"`update` needs `batch=`, which `loss_fn` is called with, got None. {_DROPPED}")
             loss = loss_fn
             operator = curvature_lib.hessian(lambda p, b: loss(merged(p), b), has_aux=has_aux)
             return None if batch is None else (operator, batch)
         if value_fn is None:
             if needs_curvature:
-                raise ValueError("`update` needs `value_fn=` (or `obj_fn=`): no `loss_fn` was given at construction.")
+                raise ValueError(
+                    f"`update` needs `value_fn=` (or `obj_fn=`): no `loss_fn` was given at construction. {_DROPPED}"
+                )
             return None
-        objective = value_fn
+        objective = curvature_lib.checked_loss(value_fn, has_aux=has_aux, name="value_fn")
         return curvature_lib.hessian(lambda p, b: objective(merged(p)), has_aux=has_aux), ()
 
     def source(params: Any, hvp: Any, found: tuple[Operator, Any] | None, allowed: ArrayLike) -> Source:
@@ -697,6 +705,9 @@ def _hybrid(
             given, wanted = (jax.tree.structure(tree, is_leaf=is_hidden) for tree in (hvp, params))
             if given != wanted:
                 raise ValueError(f"`hvp` must be a pytree like `params`, got {given} for {wanted}.")
+            given, wanted = ([x.shape for x in jax.tree.leaves(tree)] for tree in (hide(hvp, params), params))
+            if given != wanted:
+                raise ValueError(f"`hvp` must have the shapes of `params`, got {given} for {wanted}.")
             return nothing._replace(product=lambda: averaged(hide(hvp, params)))
         if found is None:
             return nothing
@@ -744,6 +755,9 @@ def _hybrid(
             raise ValueError("`update` needs `params`, got None.")
         if not jax.tree.leaves(params):  # all of them masked, say
             return updates, state._replace(count=optax.safe_increment(state.count))
+        segments.check_bound(axis_name)
+        updates, params, hvp = vectors.as_arrays((updates, params, hvp))
+        check_state(state, jax.eval_shape(init, params))
         value_fn = obj_fn if value_fn is None else value_fn
         hvp = None if needs_curvature else hvp
         found = operator_for(params, batch, value_fn, full_params) if hvp is None else None
