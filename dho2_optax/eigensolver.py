@@ -71,6 +71,12 @@ def selected(pairs: RitzPairs, rank: int, num_smallest: int, select: Select) -> 
     return jnp.clip(jnp.concatenate([smallest, largest]), 0, order - 1), exists
 
 
+def is_null(magnitude: jax.Array) -> jax.Array:
+    """Which of some eigenvalues, given by magnitude, are zero to rounding."""
+    largest = jnp.max(magnitude, axis=-1, keepdims=True)
+    return ~(magnitude > 4 * jnp.finfo(magnitude.dtype).eps * largest)
+
+
 def usable(
     pairs: RitzPairs,
     rank: int,
@@ -92,7 +98,7 @@ def usable(
     largest = jnp.max(magnitude)
     mask = exists & (pairs.residuals[index] <= max_residual * jnp.where(partial, magnitude, largest))
     if drop_null:
-        mask = mask & (magnitude > 4 * jnp.finfo(magnitude.dtype).eps * largest)
+        mask = mask & ~is_null(magnitude)
     return index, mask
 
 

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from dho2_optax.eigensolver import Spectrum
@@ -23,6 +24,41 @@ class DHO2State(NamedTuple):
     matvecs: jax.Array  # shape=(), dtype=int32: curvature products made so far
     refreshed_at: jax.Array  # shape=(), dtype=int32: the `count` that the eigenpairs in use belong to
     probing: Any  # a `streaming.Probing` of `mr_dho2`, else None
+
+    def __repr__(self) -> str:
+        """A few lines; numbers that are not there, of a traced or abstract state, show as ``?``."""
+        numbers = (self.count, self.refreshes, self.rejected, self.matvecs, self.refreshed_at, self.sigma)
+        count, refreshes, rejected, matvecs, refreshed_at, sigma = map(_number, numbers)
+        mask, eigenvalues = map(_values, (self.spectrum.mask, self.spectrum.eigenvalues))
+        rank = getattr(self.spectrum.mask, "shape", ("?",))[-1]
+        active, extent = "?", ""
+        if mask is not None and eigenvalues is not None and mask.shape == eigenvalues.shape:
+            active = str(np.sum(mask))
+            if np.any(mask):
+                used = eigenvalues[mask]
+                extent = f", eigenvalues from {used.min():.4g} to {used.max():.4g}"
+        sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(self) if hasattr(x, "size") and hasattr(x, "dtype")]
+        lines = [
+            f"{count} updates, {refreshes} refreshes ({rejected} rejected, {matvecs} matvecs), eigenpairs of update "
+            f"{refreshed_at}",
+            f"{active} of {rank} pairs active{extent}",
+            f"base scale {sigma}",
+            f"{sum(sizes):,} bytes in {len(jax.tree.leaves(self))} leaves",
+        ]
+        return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
+
+
+def _values(x: Any) -> np.ndarray | None:
+    """What is in an array, if that can be looked at."""
+    try:
+        return np.asarray(x) if isinstance(x, jax.Array | np.ndarray) else None
+    except (jax.errors.TracerArrayConversionError, RuntimeError):  # of the latter: deleted, or on other hosts too
+        return None
+
+
+def _number(x: Any) -> str:
+    values = np.asarray(x) if isinstance(x, int | float | np.generic) else _values(x)
+    return "?" if values is None or values.ndim else f"{values.item():.4g}" if values.dtype.kind == "f" else str(values)
 
 
 # What an optimizer of another making differs in, and by which of its arguments.

@@ -122,7 +122,7 @@ def test_reverse_over_reverse_works_where_only_a_custom_vjp_is_defined():
     x, v, batch = np.float32([1, -2]), np.float32([1, 0.5]), np.float32([1, 2])
     product = hessian(loss, mode="reverse-over-reverse")(x, v, batch)
     np.testing.assert_allclose(product, 6 * batch**3 * x * v, rtol=1e-6)
-    with pytest.raises(ValueError, match="custom_vjp only; give .*reverse-over-reverse"):
+    with pytest.raises(ValueError, match=r"custom_vjp only; give .*reverse-over-reverse"):
         hessian(loss, mode="forward-over-reverse")(x, v, batch)
 
 

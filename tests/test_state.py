@@ -116,3 +116,45 @@ def test_all_leaves_are_arrays_and_types_tell_the_metric(name):
     factors = find_state(state).factors
     expected = kinds.get(name, metric_lib.DIAGONAL)
     assert (factors and factors.metric(_METRIC if expected is _METRIC else None)) is expected
+
+
+# A print.
+
+
+def test_a_state_prints_as_a_few_lines():
+    tx = _OPTIMIZERS["adam"]()
+    state = tx.init(_PARAMS)
+    assert repr(state) == str(state)
+    before = repr(state).splitlines()
+    assert before[0] == "DHO2State("
+    assert len(before) == 6
+    assert "0 updates, 0 refreshes (0 rejected, 0 matvecs)" in before[1]
+    assert before[2].strip() == "0 of 2 pairs active"
+    step = jax.jit(lambda state: tx.update(_PARAMS, state, _PARAMS, batch=_BATCH)[1])
+    for _ in range(3):
+        state = step(state)
+    after = repr(state)
+    values = sorted(float(x) for x in state.spectrum.eigenvalues)
+    assert "3 updates, 1 refreshes (0 rejected, 4 matvecs), eigenpairs of update 1" in after
+    assert f"2 of 2 pairs active, eigenvalues from {values[0]:.4g} to {values[1]:.4g}" in after
+    assert f"base scale {float(state.sigma):.4g}" in after
+    leaves = jax.tree.leaves(state)
+    assert f"{sum(x.nbytes for x in leaves):,} bytes in {len(leaves)} leaves" in after
+
+
+def test_a_state_without_numbers_prints_too():
+    tx = _OPTIMIZERS["mr_dho2"]()
+    abstract = jax.eval_shape(tx.init, _PARAMS)
+    seen = [repr(abstract)]
+    jax.eval_shape(lambda state: seen.append(repr(state)), abstract)
+    donated = tx.init(_PARAMS)
+    jax.jit(lambda state: jax.tree.map(lambda x: x, state), donate_argnums=0)(donated)
+    assert donated.count.is_deleted()
+    seen.append(repr(donated))
+    for text in seen:
+        assert "? updates" in text
+        assert "? of 2 pairs active" in text
+        assert "bytes in" in text
+    assert "a of 2" not in repr(jax.tree.map(lambda x: "a", abstract))
+    assert "? of" in repr(optax.tree.map_params(tx, lambda x: x, abstract))
+    assert "DHO2State(" in repr(jax.tree.map(jnp.shape, donated)).replace("\n", " ")
