@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from dho2_optax import counters
 from dho2_optax.arguments import STATIC_HINT, check_numbers, is_int, known
 from dho2_optax.vectors import Vector, as_arrays, at_least_float32
 
@@ -50,6 +51,7 @@ class KroneckerState(NamedTuple):
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # shape=(), dtype=int32: updates made
+    clock: jax.Array  # shape=(), dtype=int32: `count` as renewals are timed by it, see `counters.tick`
     eps: jax.Array  # shape=(), dtype=float32: epsilon of the last update
     mu: Any  # like the parameters: average of the gradients, in the parameters' own coordinates
     nu: Any  # like the parameters: average of squares in the rotated coordinates; Shampoo's matrices: Sides (m,), (n,)
@@ -249,7 +251,8 @@ def scale_by_kronecker(
 
     def init(params: Any) -> KroneckerState:
         leaves = [_start(x, scaling, max_size) for x in jax.tree.leaves(as_arrays(params))]
-        return _to_state(jax.tree.structure(params), leaves, jnp.zeros((), jnp.int32), jnp.asarray(eps, jnp.float32))
+        count, clock = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return _to_state(jax.tree.structure(params), leaves, count, clock, jnp.asarray(eps, jnp.float32))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, KroneckerState]:
         del params
@@ -258,8 +261,7 @@ def scale_by_kronecker(
         leaves = _from_state(treedef, state)
 
         # The bases are renewed before anything reads them: a donated state is not copied where they are kept.
-        interval = jnp.asarray(precondition_interval, jnp.int32)
-        due = (state.count > 0) & (lax.rem(state.count - 1, interval) == 0)
+        due = counters.is_due(state.clock, 1, precondition_interval)
         is_first = state.count == 1
         leaves = lax.cond(due, lambda old: [_renew(leaf, is_first) for leaf in old], lambda old: old, leaves)
 
@@ -268,15 +270,16 @@ def scale_by_kronecker(
             _step(gradient, leaf, count, b1, b2, eps)
             for gradient, leaf in zip(jax.tree.leaves(updates), leaves, strict=True)
         ]
+        clock = counters.tick(state.clock, 1, precondition_interval)
         directions = treedef.unflatten([direction for direction, _ in steps])
-        return directions, _to_state(treedef, [leaf for _, leaf in steps], count, jnp.asarray(eps, jnp.float32))
+        return directions, _to_state(treedef, [leaf for _, leaf in steps], count, clock, jnp.asarray(eps, jnp.float32))
 
     return optax.GradientTransformation(init, update)
 
 
-def _to_state(treedef: Any, leaves: list[_Leaf], count: jax.Array, eps: jax.Array) -> KroneckerState:
+def _to_state(treedef: Any, leaves: list[_Leaf], count: jax.Array, clock: jax.Array, eps: jax.Array) -> KroneckerState:
     trees = {name: treedef.unflatten([getattr(leaf, name) for leaf in leaves]) for name in _Leaf._fields}
-    return KroneckerState(count=count, eps=eps, **trees)
+    return KroneckerState(count=count, clock=clock, eps=eps, **trees)
 
 
 def _from_state(treedef: Any, state: KroneckerState) -> list[_Leaf]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dho2_optax import arguments, eigensolver, plan, segments
+from dho2_optax import arguments, counters, eigensolver, plan, segments
 from dho2_optax import curvature as curvature_lib
 from dho2_optax.curvature import LossFn, Operator
 from dho2_optax.eigensolver import Select, Spectrum
@@ -319,7 +319,7 @@ class CurvatureGroup:
             params, batch = self._snapshot(params), self._place(batch)
             if self._spectrum is None:
                 self._spectrum, self._factors = self._empty(params), factors[1]
-            number = jax.device_put(np.int32(count), NamedSharding(self._mesh, PartitionSpec()))
+            number = jax.device_put(np.int32(min(count, counters.LARGEST)), NamedSharding(self._mesh, PartitionSpec()))
         except jax.errors.JaxRuntimeError as error:
             self._events["failures"] += 1
             self._last_error = str(error)
@@ -461,10 +461,12 @@ class CurvatureGroup:
                 before, now = (geometry(x, like, axis_name=axis_name, metric=metric) for x in both)
                 carry = carrier(before, now)
                 state = install(state, new, factors, carry=carry, found_at=found_at, damping=damping, axis_name=None)
-                return state._replace(matvecs=state.matvecs + matvecs)
+                return state._replace(matvecs=counters.add(state.matvecs, matvecs))
 
             self._deliver = jax.jit(deliver, out_shardings=jax.tree.map(lambda x: x.sharding, ours))
-        ours = self._deliver(ours, moved, factors, params, jnp.int32(launched_at), jnp.int32(matvecs))
+        ours = self._deliver(
+            ours, moved, factors, params, jnp.int32(min(launched_at, counters.LARGEST)), jnp.int32(matvecs)
+        )
         return replace_state(state, ours._replace(base_state=base_state))
 
     def _relayout(self, found: Any, target: Any) -> Any:

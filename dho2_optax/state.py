@@ -13,6 +13,7 @@ class DHO2State(NamedTuple):
     """The state of `dho2`, `mr_dho2` and `fosi`."""
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # shape=(), dtype=int32: updates made
+    clock: jax.Array  # shape=(), dtype=int32: `count` as refreshes are timed by it, see `counters.tick`
     spectrum: Spectrum  # the eigenpairs in use
     factors: Any  # of the metric that they belong to, a copy; None without a metric
     subspace_state: optax.OptState  # of the optimizer of the k coordinates

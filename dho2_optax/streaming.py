@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_optax import curvature, krylov, segments, vectors
+from dho2_optax import counters, curvature, krylov, segments, vectors
 from dho2_optax.curvature import LossFn
 from dho2_optax.krylov import LanczosState
 from dho2_optax.masking import fill, hide
@@ -39,7 +39,7 @@ class Probing(NamedTuple):
     """A Lanczos process spread over updates."""
 
     process: LanczosState
-    due_at: jax.Array  # shape=(), dtype=int32: `count` of the update that takes the next probe
+    wait: jax.Array  # shape=(), dtype=int32: updates before the one that takes the next probe
     interval: jax.Array  # shape=(), dtype=int32: updates between two probes
     pending: jax.Array  # shape=(), dtype=bool: the next update publishes the pairs found
     complete: jax.Array  # shape=(), dtype=bool: the cycle is over; once published, the next update starts another
@@ -51,7 +51,7 @@ class Probing(NamedTuple):
 
 def is_due(state: DHO2State) -> jax.Array:
     """Whether the next update takes a probe."""
-    return (state.count >= state.probing.due_at) & ~state.probing.pending & ~state.probing.complete
+    return (state.probing.wait <= 0) & ~state.probing.pending & ~state.probing.complete
 
 
 def probe_params(probing: Probing, params: Any) -> Any:
@@ -80,7 +80,7 @@ def streaming(
             ),
             # Copies: a state that shares a buffer with a hyperparameter could not be donated.
             # With a metric not before the base's state says something, after its first update.
-            due_at=jnp.maximum(jnp.array(warmup_steps, jnp.int32), 0 if factors is None else 2),
+            wait=jnp.maximum(jnp.array(warmup_steps, jnp.int32), 0 if factors is None else 2),
             interval=jnp.array(probe_interval, jnp.int32),
             pending=jnp.zeros((), bool),
             # With a metric the first cycle begins as all others do.
@@ -106,7 +106,7 @@ def streaming(
             product = in_metric(source.matvec_at(probe_params(probing, source.params)), geometry)(old.vector)
         else:
             return state._replace(
-                probing=probing._replace(skipped=probing.skipped + 1, due_at=state.count + probing.interval)
+                probing=probing._replace(skipped=counters.add(probing.skipped, 1), wait=probing.interval)
             )
         new = krylov.extend(old, product, source.params, axis_name)
         finite = krylov.is_finite(new)
@@ -125,13 +125,13 @@ def streaming(
         return state._replace(
             probing=probing._replace(
                 process=process,
-                due_at=state.count + probing.interval,
+                wait=probing.interval,
                 pending=more | complete,
                 complete=complete,
                 anchor=probe_params(probing, source.params) if probe_at_anchor else None,
             ),
-            matvecs=state.matvecs + 1,
-            rejected=state.rejected + 1 - finite.astype(jnp.int32),
+            matvecs=counters.add(state.matvecs, 1),
+            rejected=counters.add(state.rejected, ~finite),
         )
 
     def publish(state: DHO2State, source: Source) -> DHO2State:
@@ -152,7 +152,9 @@ def streaming(
         interval = jnp.asarray(probe_interval, jnp.int32)
         if max_probe_interval is not None:
             movement = _movement(probing.last, found)
-            adapted = jnp.where(movement <= _AGREE, 2 * probing.interval, probing.interval)
+            adapted = jnp.where(
+                movement <= _AGREE, 2 * jnp.minimum(probing.interval, counters.LARGEST // 2), probing.interval
+            )
             adapted = jnp.where(movement >= _DISAGREE, probing.interval // 2, adapted)
             adapted = jnp.clip(adapted, interval, jnp.asarray(max_probe_interval, jnp.int32))
             interval = jnp.where(complete, adapted, probing.interval)
@@ -176,13 +178,14 @@ def streaming(
     def advance(state: DHO2State, source: Source) -> DHO2State:
         pending, complete = state.probing.pending, state.probing.complete
         due = is_due(state) & source.allowed
-        begins = complete & ~pending & (state.count + 1 >= state.probing.due_at) & source.allowed
+        begins = complete & ~pending & (state.probing.wait <= 1) & source.allowed
         # Three conditionals, not a switch: the compiler then copies no big buffer on its way through.
         state = jax.lax.cond(due, lambda s: probe(s, source), lambda s: s, state)
         # The publication last, though it comes first in a cycle: the eigenvectors then depend on all that the other two
         # communicate, and no device can come to the sums of the update before another is done with those.
         state = jax.lax.cond(begins, lambda s: begin(s, source), lambda s: s, state)
-        return jax.lax.cond(pending & source.allowed, lambda s: publish(s, source), lambda s: s, state)
+        state = jax.lax.cond(pending & source.allowed, lambda s: publish(s, source), lambda s: s, state)
+        return state._replace(probing=state.probing._replace(wait=jnp.maximum(state.probing.wait - 1, 0)))
 
     return Refresh(init=init, advance=advance)
 

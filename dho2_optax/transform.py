@@ -621,6 +621,7 @@ def _hybrid(
         factors = jax.tree.map(jnp.copy, factors_of(base_state, params))
         return DHO2State(
             count=zero(),
+            clock=zero(),
             spectrum=pairs,
             factors=factors,
             subspace_state=subspace_tx.init(pairs.eigenvalues),

@@ -412,8 +412,8 @@ def test_statistics_are_float32_and_updates_have_the_dtype_of_the_gradients(scal
         gradients = [jax.tree.map(lambda x: jnp.asarray(x, dtype), g) for g in _trees(3)]
         (updates, *_), (state, *_) = _run(tx, gradients, params=like)
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
-    assert {x.dtype for x in jax.tree.leaves(state._replace(count=()))} == {jnp.dtype(jnp.float32)}
-    assert state.count.dtype == jnp.int32
+    assert {x.dtype for x in jax.tree.leaves(state._replace(count=(), clock=()))} == {jnp.dtype(jnp.float32)}
+    assert state.count.dtype == state.clock.dtype == jnp.int32
 
 
 @pytest.mark.parametrize("scaling", _SCALINGS)
