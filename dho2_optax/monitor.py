@@ -12,11 +12,12 @@ from dho2_optax.state import find_state
 def metrics(state: Any) -> dict[str, jax.Array]:
     """Scalars about the curvature in use, for logging.
 
-    Args:
-      state: the state of an optimizer that contains one `dho2`, `mr_dho2` or `fosi`.
-
     Numbers that are not there yet, or not any more, are NaN, so that a plot shows nothing where there is nothing:
     eigenvalues and residuals before the first refresh, and the extremes of the active pairs while none is active.
+
+    Args:
+      state: the state of an optimizer that contains one `dho2`, `mr_dho2` or `fosi`, or the ``opt_state`` of an
+        ``nnx.Optimizer`` of one.
 
     Returns:
       A dict of scalars.

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 
 from dho2_optax.eigensolver import Spectrum
+from dho2_optax.vectors import unwrapped
 
 
 class DHO2State(NamedTuple):
@@ -91,7 +92,7 @@ def check_state(state: Any, expected: DHO2State) -> None:
 
 
 def find_state(state: Any) -> DHO2State:
-    """The one :class:`DHO2State` in the state of an optimizer.
+    """The one :class:`DHO2State` in the state of an optimizer, that of an ``nnx.Optimizer`` included.
 
     Raises:
       ValueError: if there is none, or more than one.
@@ -100,7 +101,7 @@ def find_state(state: Any) -> DHO2State:
     found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
     if len(found) != 1:
         raise ValueError(f"`state` must hold one dho2, mr_dho2 or fosi state, got {len(found)}.")
-    return found[0]
+    return unwrapped(found[0])
 
 
 def replace_state(state: Any, new: DHO2State) -> Any:

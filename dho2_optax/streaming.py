@@ -223,8 +223,9 @@ def value_grad_and_hvp(
     Returns:
       A function ``(params, state, batch, allow_probe=True) -> (value, grads, hvp)``, with `value` what `loss_fn`
       returns, and `hvp` a pytree like `grads` for ``update(..., hvp=hvp)``; zero where no probe is due. `state` is
-      that of an optimizer that contains one `mr_dho2`. `allow_probe` is a boolean scalar: give the condition that it is
-      the last mini-step when accumulating gradients.
+      that of an optimizer that contains one `mr_dho2`, or the ``opt_state`` of an ``nnx.Optimizer`` of one, and
+      `params` may be an ``nnx.State``. `allow_probe` is a boolean scalar: give the condition that it is the last
+      mini-step when accumulating gradients.
 
     Raises:
       ValueError: if `batch_size` is not positive, or, when called, if `state` holds no `mr_dho2` state.
@@ -249,14 +250,19 @@ def value_grad_and_hvp(
     References:
       Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
     """
-    product = curvature.hessian(loss_fn, has_aux=has_aux, batch_size=batch_size)
+    curvature.hessian(loss_fn, batch_size=batch_size)  # checks its arguments
 
     def compute(params: Any, state: Any, batch: Any, allow_probe: ArrayLike = True) -> tuple[Any, Any, Any]:
         found = find_state(state)
         if found.probing is None:
             raise ValueError("`state` must be that of an mr_dho2: others take no probes.")
-        params = vectors.vary(vectors.as_arrays(params), axis_name)
-        value_and_grad = jax.value_and_grad(curvature.checked_loss(loss_fn, has_aux=has_aux), has_aux=has_aux)
+        # Parameters may be variables of flax's nnx; vectors of the state, and what is computed here, are arrays.
+        treedef = jax.tree.structure(params)
+        wrapped = lambda tree: treedef.unflatten(jax.tree.leaves(tree))  # noqa: E731
+        params = vectors.vary(vectors.as_arrays(vectors.unwrapped(params)), axis_name)
+        loss = curvature.checked_loss(lambda p, b: loss_fn(wrapped(p), b), has_aux=has_aux)
+        value_and_grad = jax.value_and_grad(loss, has_aux=has_aux)
+        product = curvature.hessian(loss, has_aux=has_aux, batch_size=batch_size)
 
         def plain() -> tuple[Any, Any, Any]:
             value, grads = value_and_grad(params, batch)
@@ -277,6 +283,7 @@ def value_grad_and_hvp(
             at = fill(probe_params(found.probing, shown), params)
             return *value_and_grad(params, batch), product(vectors.vary(at, axis_name), vector, batch)
 
-        return jax.lax.cond(is_due(found) & allow_probe, probe, plain)
+        value, grads, hvp = jax.lax.cond(is_due(found) & allow_probe, probe, plain)
+        return value, wrapped(grads), wrapped(hvp)
 
     return compute

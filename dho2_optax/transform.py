@@ -703,6 +703,8 @@ def _hybrid(
             geometry=lambda factors: geometry_of(factors, params),
         )
         if hvp is not None:
+            if jax.tree.structure(hvp) != jax.tree.structure(params):
+                hvp = vectors.unwrapped(hvp)  # nnx.Optimizer gives us the values of its variables
             given, wanted = (jax.tree.structure(tree, is_leaf=is_hidden) for tree in (hvp, params))
             if given != wanted:
                 raise ValueError(f"`hvp` must be a pytree like `params`, got {given} for {wanted}.")
