@@ -108,8 +108,8 @@ def over_mesh(
             raise ValueError("`update` needs `params`, got None.")
         updates, params = as_arrays((updates, params))
         check_whole(params=params, updates=updates, hvp=extra.get("hvp"))
-        check_state(state, jax.eval_shape(local.init, params))
         specs = state_specs(local.init, params, axis_name)
+        check_state(state, jax.eval_shape(shard_map(local.init, replicated, specs), params))
         arrays = {name: extra.pop(name) for name in ("batch", "hvp") if extra.get(name) is not None}
 
         def local_update(updates: Any, state: Any, params: Any, arrays: Any) -> tuple[Any, Any]:

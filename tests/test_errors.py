@@ -195,13 +195,14 @@ def test_the_state_of_another_optimizer(name):
     _refused(said, _trace, _optimizer(), other.init(params), batch=_BATCH)
 
 
-def test_the_state_of_another_optimizer_on_a_mesh():
-    placed = {"mesh": jax.make_mesh((2,), (AXIS,)), "axis_name": AXIS}
+@pytest.mark.parametrize("num_devices", [2, 7])  # 7 asks for other padding than 1, 2, 4 and 8
+def test_the_state_of_another_optimizer_on_a_mesh(num_devices):
+    placed = {"mesh": jax.make_mesh((num_devices,), (AXIS,)), "axis_name": AXIS}
     other = _optimizer(base=optax.adam(0.1), **placed).init(_PARAMS)
     said = "`base_state` is that of another `base`"
     _refused(said, _trace, _optimizer(**placed), other, batch=_BATCH)
     # Where they are the same it goes on.
-    _trace(_optimizer(base=optax.adam(0.2), **placed), other, batch=_BATCH)
+    _trace(_optimizer(base=optax.adam(0.2), **placed), other, batch=jnp.ones(num_devices))
 
 
 def test_the_order_and_the_metric_of_another_optimizer():
