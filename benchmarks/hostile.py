@@ -14,6 +14,7 @@ beyond the goals are measured again with `SEEDS` seeds, and are the medians of t
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -98,7 +99,7 @@ def _network(sizes: tuple[int, ...], seed: int, gain: float) -> list[dict[str, j
     rng = np.random.default_rng(seed)
     return [
         {"kernel": jnp.float32(rng.normal(size=(a, b)) * np.sqrt(gain / a)), "bias": jnp.zeros(b)}
-        for a, b in zip(sizes, sizes[1:], strict=False)
+        for a, b in itertools.pairwise(sizes)
     ]
 
 

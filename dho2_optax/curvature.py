@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dho2_optax import segments, vectors
+from dho2_optax.arguments import check_functions, check_sizes, is_int
 from dho2_optax.vectors import Vector
 
 Batch = Any
@@ -61,15 +62,19 @@ def hessian(
     References:
       Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
     """
+    check_functions(loss_fn=loss_fn)
     if mode not in _MODES:
         raise ValueError(f"`mode` must be one of {_MODES}, got {mode!r}.")
 
+    checked = checked_loss(loss_fn, has_aux=has_aux)
+
     def product(params: Vector, vector: Vector, batch: Batch) -> Vector:
         def scalar_loss(p: Vector) -> jax.Array:
-            return loss_fn(p, batch)[0] if has_aux else loss_fn(p, batch)
+            return checked(p, batch)[0] if has_aux else checked(p, batch)
 
         if mode == "forward-over-reverse":
-            return jax.jvp(jax.grad(scalar_loss), (params,), (vector,))[1]
+            remedy = "give `curvature=dho2_optax.hessian(loss_fn, mode='reverse-over-reverse')`"
+            return forward_mode(lambda: jax.jvp(jax.grad(scalar_loss), (params,), (vector,))[1], remedy)
         _, pullback = jax.vjp(jax.grad(scalar_loss), params)
         return pullback(vector)[0]
 
@@ -112,21 +117,74 @@ def gauss_newton(
     References:
       Schraudolph, "Fast curvature matrix-vector products", Neural Computation 14 (2002).
     """
+    check_functions(model_fn=model_fn, output_loss_fn=output_loss_fn)
+    checked = checked_loss(output_loss_fn, has_aux=False, name="output_loss_fn")
 
     def product(params: Vector, vector: Vector, batch: Batch) -> Vector:
         outputs, pushforward = jax.linearize(lambda p: model_fn(p, batch), params)
-        output_gradient = jax.grad(lambda z: output_loss_fn(z, batch))
+        output_gradient = jax.grad(lambda z: checked(z, batch))
         _, curved = jax.jvp(output_gradient, (outputs,), (pushforward(vector),))
         return jax.linear_transpose(pushforward, params)(curved)[0]
 
-    return _batched(product, batch_size, batch_start, microbatch_size)
+    def checked_product(params: Vector, vector: Vector, batch: Batch) -> Vector:
+        remedy = "give `model_fn` and `output_loss_fn` a custom_jvp in its place, or use dho2_optax.hessian"
+        return forward_mode(lambda: product(params, vector, batch), remedy)
+
+    return _batched(checked_product, batch_size, batch_start, microbatch_size)
+
+
+def checked_loss(loss_fn: LossFn, *, has_aux: bool, name: str = "loss_fn") -> LossFn:
+    """`loss_fn`, with an error that says what to do where it does not return what `has_aux` promises."""
+
+    def loss(*args: Any) -> Any:
+        result = loss_fn(*args)
+        is_pair = isinstance(result, tuple | list) and len(result) == 2
+        if has_aux and not is_pair:
+            raise ValueError(
+                f"`{name}` must return a pair (loss, aux) with has_aux=True, got {_kind_of(result)}; "
+                "give has_aux=False where it returns the loss alone."
+            )
+        value = result[0] if has_aux else result
+        if isinstance(value, tuple | list):
+            raise ValueError(
+                f"`{name}` must return a scalar, got {_kind_of(value)}; give has_aux=True where it returns (loss, aux)."
+            )
+        if not hasattr(value, "shape") and not isinstance(value, int | float):
+            raise ValueError(f"`{name}` must return a scalar, got {_kind_of(value)}.")
+        if jnp.shape(value):
+            raise ValueError(f"`{name}` must return a scalar, got {_kind_of(value)}; take the mean over the samples.")
+        return result
+
+    return loss
+
+
+def _kind_of(value: Any) -> str:
+    return f"an array of shape {value.shape}" if hasattr(value, "shape") else f"a {type(value).__name__}"
+
+
+def forward_mode(function: Callable[[], Any], remedy: str) -> Any:
+    """What `function` returns, with an error that says what to do if a ``custom_vjp`` bars its derivative.
+
+    Of such a function JAX would say so too, but not before it is compiled.
+    """
+    if _has_primitive(jax.make_jaxpr(function)().jaxpr, "custom_lin"):
+        raise ValueError(f"forward-mode derivatives do not pass a function with a custom_vjp only; {remedy}.")
+    return function()
+
+
+def _has_primitive(jaxpr: Any, name: str) -> bool:
+    for equation in jaxpr.eqns:
+        inner = [getattr(x, "jaxpr", x) for x in jax.tree.leaves(list(equation.params.values()))]
+        if equation.primitive.name == name or any(_has_primitive(x, name) for x in inner if hasattr(x, "eqns")):
+            return True
+    return False
 
 
 def _batched(product: Operator, batch_size: int | None, batch_start: int, microbatch_size: int | None) -> Operator:
     """Restricts an operator to a sub-batch and accumulates it over microbatches."""
-    for name, size in (("batch_size", batch_size), ("microbatch_size", microbatch_size)):
-        if size is not None and size <= 0:
-            raise ValueError(f"`{name}` must be positive, got {size}.")
+    check_sizes(batch_size=batch_size, microbatch_size=microbatch_size)
+    if not is_int(batch_start):
+        raise ValueError(f"`batch_start` must be a Python int, got {batch_start!r}.")
     if batch_start < 0:
         raise ValueError(f"`batch_start` must be non-negative, got {batch_start}.")
     samples = slice(batch_start, None if batch_size is None else batch_start + batch_size)

@@ -6,13 +6,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_optax import krylov, segments, vectors
+from dho2_optax import arguments, krylov, segments, vectors
+from dho2_optax.arguments import STATIC_HINT, is_int
 from dho2_optax.krylov import LanczosState, RitzPairs
 from dho2_optax.vectors import Stack, Vector
 
 Select = Literal["magnitude", "algebraic"]
 _SELECTIONS = ("magnitude", "algebraic")
-STATIC_HINT = "(With `optax.inject_hyperparams`, name it in `static_args`.)"
 _START_NOISE = 0.1  # share of noise in a warm start, relative to the old Ritz vectors
 
 
@@ -31,7 +31,7 @@ class Spectrum(NamedTuple):
 def check_selection(rank: Any, num_smallest: Any, order: Any, select: Any) -> None:
     """Raises ValueError unless the arguments describe a selection of eigenpairs."""
     for name, value, least in (("rank", rank, 0), ("num_smallest", num_smallest, 0)):
-        if not isinstance(value, int) or value < least:
+        if not is_int(value) or value < least:
             raise ValueError(f"`{name}` must be a Python int of at least {least}, got {value!r}. {STATIC_HINT}")
     if rank + num_smallest == 0:
         raise ValueError("`rank` must be positive, got 0.")
@@ -42,7 +42,7 @@ def check_selection(rank: Any, num_smallest: Any, order: Any, select: Any) -> No
             f"`num_smallest` needs select='algebraic', got {num_smallest} with select='magnitude', which "
             "already takes the most negative eigenvalues where they are large."
         )
-    if order is not None and (not isinstance(order, int) or order < rank + num_smallest):
+    if order is not None and (not is_int(order) or order < rank + num_smallest):
         raise ValueError(
             f"`order` must be an int of at least rank + num_smallest = {rank + num_smallest}, got {order!r}."
         )
@@ -71,6 +71,12 @@ def selected(pairs: RitzPairs, rank: int, num_smallest: int, select: Select) -> 
     return jnp.clip(jnp.concatenate([smallest, largest]), 0, order - 1), exists
 
 
+def is_null(magnitude: jax.Array) -> jax.Array:
+    """Which of some eigenvalues, given by magnitude, are zero to rounding."""
+    largest = jnp.max(magnitude, axis=-1, keepdims=True)
+    return ~(magnitude > 4 * jnp.finfo(magnitude.dtype).eps * largest)
+
+
 def usable(
     pairs: RitzPairs,
     rank: int,
@@ -92,7 +98,7 @@ def usable(
     largest = jnp.max(magnitude)
     mask = exists & (pairs.residuals[index] <= max_residual * jnp.where(partial, magnitude, largest))
     if drop_null:
-        mask = mask & (magnitude > 4 * jnp.finfo(magnitude.dtype).eps * largest)
+        mask = mask & ~is_null(magnitude)
     return index, mask
 
 
@@ -211,6 +217,9 @@ def lanczos(
       Golub and Van Loan, *Matrix Computations*, chapter 10; FOSI, arXiv 2302.08484, algorithm 1.
     """
     check_selection(rank, num_smallest, order, select)
+    arguments.check_numbers("non-negative", tolerance=tolerance)
+    segments.check_bound(axis_name)
+    like = vectors.as_arrays(like)
     size = sum(leaf.size for leaf in jax.tree.leaves(like))
     if size == 0:
         raise ValueError("`like` must hold at least one number, got an empty pytree.")

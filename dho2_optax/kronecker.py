@@ -29,8 +29,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from dho2_optax.eigensolver import STATIC_HINT
-from dho2_optax.vectors import Vector, at_least_float32
+from dho2_optax import counters
+from dho2_optax.arguments import STATIC_HINT, check_numbers, is_int, known
+from dho2_optax.vectors import Vector, as_arrays, at_least_float32
 
 ArrayLike = jax.typing.ArrayLike
 Scaling = Literal["soap", "shampoo"]
@@ -51,6 +52,7 @@ class KroneckerState(NamedTuple):
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # shape=(), dtype=int32: updates made
+    clock: jax.Array  # shape=(), dtype=int32: `count` as renewals are timed by it, see `counters.tick`
     eps: jax.Array  # shape=(), dtype=float32: epsilon of the last update
     mu: Any  # like the parameters: average of the gradients, in the parameters' own coordinates
     nu: Any  # like the parameters: average of squares in the rotated coordinates; Shampoo's matrices: Sides (m,), (n,)
@@ -193,8 +195,8 @@ def _descent(
     max_size: int,
 ) -> optax.GradientTransformation:
     """What `soap` and `shampoo` share: the preconditioner, weight decay, and the learning rate."""
-    _check_numbers({"learning_rate": learning_rate, "weight_decay": weight_decay}, "non-negative", lambda x: x >= 0)
-    no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
+    check_numbers("non-negative", schedule=True, learning_rate=learning_rate, weight_decay=weight_decay)
+    no_decay = known(weight_decay) == 0
     return optax.chain(
         scale_by_kronecker(
             scaling, b1=b1, b2=b2, eps=eps, precondition_interval=precondition_interval, max_size=max_size
@@ -243,27 +245,25 @@ def scale_by_kronecker(
     """
     if scaling not in _SCALINGS:
         raise ValueError(f"`scaling` must be one of {_SCALINGS}, got {scaling!r}. {STATIC_HINT}")
-    _check_numbers({"b1": b1, "b2": b2}, "in [0, 1)", lambda x: 0 <= x < 1)
-    _check_numbers({"eps": eps}, "positive", lambda x: x > 0)
-    _check_numbers(
-        {"precondition_interval": precondition_interval},
-        "a positive integer",
-        lambda x: x > 0 and not isinstance(x, float),
-    )
-    if not isinstance(max_size, int) or max_size < 0:
+    check_numbers("in [0, 1)", b1=b1, b2=b2)
+    check_numbers("positive", eps=eps)
+    check_numbers("positive", whole=True, precondition_interval=precondition_interval)
+    if not is_int(max_size) or max_size < 0:
         raise ValueError(f"`max_size` must be a Python int of at least 0, got {max_size!r}. {STATIC_HINT}")
 
     def init(params: Any) -> KroneckerState:
-        leaves = [_start(x, scaling, max_size) for x in jax.tree.leaves(params)]
-        return _to_state(jax.tree.structure(params), leaves, jnp.zeros((), jnp.int32), jnp.asarray(eps, jnp.float32))
+        leaves = [_start(x, scaling, max_size) for x in jax.tree.leaves(as_arrays(params))]
+        count, clock = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return _to_state(jax.tree.structure(params), leaves, count, clock, jnp.asarray(eps, jnp.float32))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, KroneckerState]:
         del params
+        updates = as_arrays(updates)
         treedef = jax.tree.structure(updates)
         leaves = _from_state(treedef, state)
 
         # The bases are renewed before anything reads them: a donated state is not copied where they are kept.
-        due = (state.count > 0) & ((state.count - 1) % precondition_interval == 0)
+        due = counters.is_due(state.clock, 1, precondition_interval)
         is_first = state.count == 1
         leaves = lax.cond(due, lambda old: [_renew(leaf, is_first) for leaf in old], lambda old: old, leaves)
 
@@ -272,22 +272,16 @@ def scale_by_kronecker(
             _step(gradient, leaf, count, b1, b2, eps)
             for gradient, leaf in zip(jax.tree.leaves(updates), leaves, strict=True)
         ]
+        clock = counters.tick(state.clock, 1, precondition_interval)
         directions = treedef.unflatten([direction for direction, _ in steps])
-        return directions, _to_state(treedef, [leaf for _, leaf in steps], count, jnp.asarray(eps, jnp.float32))
+        return directions, _to_state(treedef, [leaf for _, leaf in steps], count, clock, jnp.asarray(eps, jnp.float32))
 
     return optax.GradientTransformation(init, update)
 
 
-def _check_numbers(values: dict[str, Any], allowed: str, is_allowed: Callable[[Any], bool]) -> None:
-    """Checks Python numbers; traced values and schedules pass."""
-    for name, value in values.items():
-        if isinstance(value, int | float) and not is_allowed(value):
-            raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
-
-
-def _to_state(treedef: Any, leaves: list[_Leaf], count: jax.Array, eps: jax.Array) -> KroneckerState:
+def _to_state(treedef: Any, leaves: list[_Leaf], count: jax.Array, clock: jax.Array, eps: jax.Array) -> KroneckerState:
     trees = {name: treedef.unflatten([getattr(leaf, name) for leaf in leaves]) for name in _Leaf._fields}
-    return KroneckerState(count=count, eps=eps, **trees)
+    return KroneckerState(count=count, clock=clock, eps=eps, **trees)
 
 
 def _from_state(treedef: Any, state: KroneckerState) -> list[_Leaf]:

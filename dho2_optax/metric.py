@@ -10,7 +10,6 @@ Eigenvectors belong to the :math:`P` of the moment at which they were found, so 
 *factors*, is kept beside them: then the Newton step is one with :math:`H` itself, however :math:`P` moves on.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -48,28 +47,73 @@ class Metric(NamedTuple):
     elementwise: bool = False  # factors are a pytree like the parameters and work on any part of each leaf
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Factors:
-    """The factors of a metric as they were at one moment: what an optimizer's state holds of it."""
+class Diagonal(NamedTuple):
+    """Says that factors are those of :data:`DIAGONAL`."""
+
+
+class Kronecker(NamedTuple):
+    """Says that factors are those of :data:`KRONECKER`."""
+
+
+class Custom(NamedTuple):
+    """Says that factors are those of a metric of the user's own, which whoever uses them must have."""
+
+
+class OnSegments(NamedTuple):
+    """Says that the state of the base is in segment form."""
+
+
+class OnWholeLeaves(NamedTuple):
+    """Says that the state of the base is whole on every device."""
+
+
+class Factors(NamedTuple):
+    """The factors of a metric as they were at one moment: what an optimizer's state holds of it.
+
+    Arrays only. What is known of them besides are types: of tuples without fields, which are a part of the structure of
+    the state and which all that saves and restores states keeps.
+    """
 
     values: Any  # in segment form if the metric is element-wise, else whole on every device
-    metric: Metric = dataclasses.field(metadata={"static": True})
-    axis_name: str | None = dataclasses.field(metadata={"static": True})
-    segmented_base: bool = dataclasses.field(metadata={"static": True})  # the state of the base is in segment form
+    kind: Diagonal | Kronecker | Custom
+    base: OnSegments | OnWholeLeaves
 
-    def renewed(self, base_state: Any, params: Any) -> "Factors":
-        """Those of another moment."""
-        return snapshot(self.metric, base_state, params, self.axis_name, segmented_base=self.segmented_base)
+    def metric(self, given: Metric | None) -> Metric:
+        """The metric of these factors; `given` is the one that the optimizer was made with, if it is the user's own.
+
+        Raises:
+          ValueError: if `given` is missing, or another one.
+        """
+        if isinstance(self.kind, Custom):
+            if given is None or _kind(given) is not Custom:
+                raise ValueError(
+                    f"`metric` must be the dho2_optax.Metric that the optimizer was made with, got {given!r}: a state "
+                    "holds the factors of one, not its functions."
+                )
+            return given
+        known = DIAGONAL if isinstance(self.kind, Diagonal) else KRONECKER
+        if given is not None and given is not known:
+            raise ValueError(f"`metric` must be None, since the optimizer reads that of its base, got {given!r}.")
+        return known
+
+    def renewed(
+        self, base_state: Any, params: Any, *, axis_name: str | None = None, metric: Metric | None = None
+    ) -> "Factors":
+        """Those of another moment; see :func:`snapshot` and :func:`geometry`."""
+        segmented_base = isinstance(self.base, OnSegments)
+        return snapshot(self.metric(metric), base_state, params, axis_name, segmented_base=segmented_base)
+
+    def split(self, axis_name: str | None, metric: Metric | None = None) -> "Factors":
+        """Whole factors in the form in which they are kept."""
+        if not self.metric(metric).elementwise or axis_name is None:
+            return self
+        pieces = segments.split(self.values, axis_name)
+        # The padding must not be divided by.
+        return self._replace(values=jax.tree.map(lambda x: jnp.where(x == 0, 1, x), pieces))
 
 
-def split(factors: Factors) -> Factors:
-    """Whole factors in the form in which they are kept."""
-    if not factors.metric.elementwise or factors.axis_name is None:
-        return factors
-    pieces = segments.split(factors.values, factors.axis_name)
-    # The padding must not be divided by.
-    return dataclasses.replace(factors, values=jax.tree.map(lambda x: jnp.where(x == 0, 1, x), pieces))
+def _kind(metric: Metric) -> type[Diagonal | Kronecker | Custom]:
+    return Diagonal if metric is DIAGONAL else Kronecker if metric is KRONECKER else Custom
 
 
 class Geometry(NamedTuple):
@@ -82,21 +126,29 @@ class Geometry(NamedTuple):
 EUCLIDEAN = Geometry(lambda x: x, lambda x: x)
 
 
-def geometry(factors: Factors | None, like: Vector) -> Geometry:
-    """The geometry that `factors` stand for; `like` has the shapes of whole vectors.
+def geometry(
+    factors: Factors | None, like: Vector, *, axis_name: str | None = None, metric: Metric | None = None
+) -> Geometry:
+    """The geometry that `factors` stand for.
 
     A metric that is not element-wise works on whole leaves, at the price of an all-gather each time.
+
+    Args:
+      factors: what the state holds, None for the Euclidean geometry.
+      like: has the shapes of whole vectors.
+      axis_name: the axis over which vectors are split.
+      metric: the one that the optimizer was made with, if it is the user's own.
     """
     if factors is None:
         return EUCLIDEAN
-    metric, values, axis_name = factors.metric, factors.values, factors.axis_name
+    values, chosen = factors.values, factors.metric(metric)
 
     def on_segments(apply: Callable[[Any, Vector], Vector]) -> Callable[[Vector], Vector]:
-        if metric.elementwise:
+        if chosen.elementwise:
             return lambda x: apply(values, x)
         return lambda x: segments.split(apply(values, segments.whole(x, like, axis_name)), axis_name)
 
-    return Geometry(on_segments(metric.half), on_segments(metric.inverse_half))
+    return Geometry(on_segments(chosen.half), on_segments(chosen.inverse_half))
 
 
 def snapshot(metric: Metric, base_state: Any, params: Any, axis_name: str | None, *, segmented_base: bool) -> Factors:
@@ -107,16 +159,17 @@ def snapshot(metric: Metric, base_state: Any, params: Any, axis_name: str | None
     """
     if segmented_base and not metric.elementwise:
         raise ValueError("a `metric` that is not element-wise needs base_on_segments=False.")
+    kind = _kind(metric)
     if segmented_base:
         values = metric.factors(base_state, segments.split(params, axis_name), axis_name)
-        return Factors(values, metric, axis_name, segmented_base)
-    return split(Factors(metric.factors(base_state, params, None), metric, axis_name, segmented_base))
+        return Factors(values, kind(), OnSegments())
+    whole = Factors(metric.factors(base_state, params, None), kind(), OnWholeLeaves())
+    return whole.split(axis_name, metric)
 
 
 _EPSILON = 1e-8  # what optax adds to the root of second moments
 _SECOND_DECAY = 0.999
 _MAX_RATIO = 1e3  # of numbers of P within a leaf
-
 
 
 def _unbiased(moments: Any, count: jax.Array) -> Any:
@@ -299,14 +352,14 @@ _MOMENTA: dict[str, Callable[[Any], tuple[Any, float]]] = {
 }
 
 
-def momentum(base_state: Any, gradient: Vector) -> Momentum:
-    """The momentum of a base that has one kind for all its leaves, else the gradient that it was fed."""
+def momentum(base_state: Any, like: Vector) -> Momentum | None:
+    """The momentum of a base that has one kind for all its leaves, else None; `like` has their shapes."""
     found = [_MOMENTA[name](state) for name, state in _walk(base_state) if name in _MOMENTA]
     limits = {limit for _, limit in found}
-    leaves = _leafwise([tree for tree, _ in found], gradient)
+    leaves = _leafwise([tree for tree, _ in found], like)
     if len(limits) != 1 or any(x is None for x in leaves):
-        return Momentum(gradient, PLAIN_LIMIT)
-    return Momentum(jax.tree.structure(gradient).unflatten(leaves), limits.pop())
+        return None
+    return Momentum(jax.tree.structure(like).unflatten(leaves), limits.pop())
 
 
 def gain(limit: float) -> float:

@@ -5,23 +5,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dho2_optax.eigensolver import Spectrum
+from dho2_optax.eigensolver import Spectrum, is_null
 from dho2_optax.state import find_state
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:
     """Scalars about the curvature in use, for logging.
 
+    Numbers that are not there yet, or not any more, are NaN, so that a plot shows nothing where there is nothing:
+    eigenvalues and residuals before the first refresh, and the extremes of the active pairs while none is active.
+
     Args:
-      state: the state of an optimizer that contains one `dho2`, `mr_dho2` or `fosi`.
+      state: the state of an optimizer that contains one `dho2`, `mr_dho2` or `fosi`, or the ``opt_state`` of an
+        ``nnx.Optimizer`` of one.
 
     Returns:
-      A dict of scalars: ``refreshes``, ``rejected_refreshes`` (and probes: those that were not finite), ``matvecs``
-      (all so far), ``age`` (updates since the parameters that the eigenpairs belong to), ``active_pairs``,
-      ``base_scale``, ``missed_curvature`` (the largest that the eigenpairs before these had left to the base when these
-      were found), ``eigenvalue_max``, ``eigenvalue_min`` (extremes of the active pairs), ``residual_max`` (largest
-      of all pairs), and ``eigenvalue_<i>``, ``residual_<i>`` of every pair. For `mr_dho2` also ``skipped_probes`` (due,
-      but ``update`` was given no product), ``probe_interval`` and ``cycle_probes`` (taken in the running cycle).
+      A dict of scalars.
+
+      * ``refreshes``, ``rejected_refreshes`` (and probes: those that were not finite), ``matvecs`` (all so far),
+        ``age`` (updates since the parameters that the eigenpairs belong to).
+      * ``active_pairs``, and why the others are left to the base: ``pairs_in_null_space`` have an eigenvalue that is
+        zero to rounding, or stand for a pair that the space is too small to have; ``pairs_with_large_residual`` have
+        not converged. Where no pair is active: raise `max_residual` or `order` if residuals are large; look at the loss
+        if all is null space (is it linear in the parameters, or are they masked?); and if refreshes are rejected and
+        none was made, for numbers in it that are not finite.
+      * ``eigenvalue_max``, ``eigenvalue_min``: extremes of the active pairs. ``residual_max``: the largest of all.
+      * ``eigenvalue_<i>``, ``residual_<i>`` of every pair. Pairs that are not active keep their Ritz value, which is an
+        estimate too, and their residual says how good it is.
+      * ``base_scale``, and ``missed_curvature`` (the largest that the eigenpairs before these had left to the base when
+        these were found).
+      * For `mr_dho2` also ``skipped_probes`` (due, but ``update`` was given no product), ``probe_interval`` and
+        ``cycle_probes`` (taken in the running cycle).
 
     Raises:
       ValueError: if `state` does not hold exactly one such optimizer.
@@ -35,22 +49,28 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     """
     found = find_state(state)
     pairs = found.spectrum
-    active = jnp.where(pairs.mask, pairs.eigenvalues, 0)
+    made = (found.refreshes > 0)[..., None]
+    eigenvalues, residuals = (jnp.where(made, x, jnp.nan) for x in (pairs.eigenvalues, pairs.residuals))
+    left = made & ~pairs.mask
+    null = is_null(jnp.abs(pairs.eigenvalues))
+    active = jnp.where(pairs.mask, eigenvalues, jnp.nan)
     result = {
         "refreshes": found.refreshes,
         "rejected_refreshes": found.rejected,
         "matvecs": found.matvecs,
         "age": found.count - found.refreshed_at,
-        "active_pairs": jnp.sum(pairs.mask),
+        "active_pairs": jnp.sum(pairs.mask, axis=-1),
+        "pairs_in_null_space": jnp.sum(left & null, axis=-1),
+        "pairs_with_large_residual": jnp.sum(left & ~null, axis=-1),
         "base_scale": found.sigma,
         "missed_curvature": found.missed,
-        "eigenvalue_max": jnp.max(active),
-        "eigenvalue_min": jnp.min(active),
-        "residual_max": jnp.max(pairs.residuals),
+        "eigenvalue_max": jnp.nanmax(active, axis=-1),
+        "eigenvalue_min": jnp.nanmin(active, axis=-1),
+        "residual_max": jnp.max(residuals, axis=-1),
     }
     for i in range(pairs.eigenvalues.shape[-1]):
-        result[f"eigenvalue_{i}"] = pairs.eigenvalues[..., i]
-        result[f"residual_{i}"] = pairs.residuals[..., i]
+        result[f"eigenvalue_{i}"] = eigenvalues[..., i]
+        result[f"residual_{i}"] = residuals[..., i]
     if found.probing is not None:
         result["skipped_probes"] = found.probing.skipped
         result["probe_interval"] = found.probing.interval

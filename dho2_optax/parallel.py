@@ -5,7 +5,10 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dho2_optax.state import check_state
+from dho2_optax.vectors import as_arrays
 
 InitFn = Callable[[Any], Any]
 
@@ -93,12 +96,29 @@ def over_mesh(
         raise ValueError(f"`axis_name` must be one of {mesh.axis_names} of the mesh, got {axis_name!r}.")
     replicated = PartitionSpec()
 
+    def check_whole(**trees: Any) -> None:
+        for name, tree in trees.items():
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                spec = jax.typeof(leaf).sharding.spec
+                if axis_name in jax.tree.leaves(tuple(spec)):
+                    raise ValueError(
+                        f"`{name}` must be whole along mesh axis {axis_name!r}, got {spec} at "
+                        f"{jax.tree_util.keystr(path)}; jax.sharding.reshard it, or make the axis one of AxisType.Auto."
+                    )
+
     def init(params: Any) -> Any:
+        params = as_arrays(params)
+        check_whole(params=params)
         specs = state_specs(local.init, params, axis_name)
         return jax.jit(over_axis(local.init, mesh, axis_name, replicated, specs))(params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("`update` needs `params`, got None.")
+        updates, params = as_arrays((updates, params))
+        check_whole(params=params, updates=updates, hvp=extra.get("hvp"))
         specs = state_specs(local.init, params, axis_name)
+        check_state(state, jax.eval_shape(over_axis(local.init, mesh, axis_name, replicated, specs), params))
         arrays = {name: extra.pop(name) for name in ("batch", "hvp") if extra.get(name) is not None}
 
         def local_update(updates: Any, state: Any, params: Any, arrays: Any) -> tuple[Any, Any]:
@@ -106,6 +126,10 @@ def over_mesh(
 
         specs_of = {"batch": lambda batch: batch_specs(batch, mesh, axis_name), "hvp": lambda hvp: replicated}
         array_specs = {name: specs_of[name](value) for name, value in arrays.items()}
+        if "batch" in arrays and mesh.axis_types[mesh.axis_names.index(axis_name)] is AxisType.Explicit:
+            # Only where axes are explicit it does not get there by itself.
+            place = lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec))  # noqa: E731
+            arrays["batch"] = jax.tree.map(place, arrays["batch"], array_specs["batch"])
         in_specs = (replicated, specs, replicated, array_specs)
         return over_axis(local_update, mesh, axis_name, in_specs, (replicated, specs))(updates, state, params, arrays)
 

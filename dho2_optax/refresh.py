@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_optax import eigensolver, krylov
+from dho2_optax import counters, eigensolver, krylov
 from dho2_optax.eigensolver import Select, Spectrum
 from dho2_optax.krylov import LanczosState
 from dho2_optax.metric import Factors, Geometry
@@ -157,7 +157,7 @@ def install(
         factors=factors,
         subspace_state=rotate_state(rotating, state.spectrum, new, axis_name, damping, carry, least),
         missed=missed,
-        refreshes=state.refreshes + 1,
+        refreshes=counters.add(state.refreshes, 1),
         refreshed_at=jnp.asarray(found_at, jnp.int32),
     )
 
@@ -186,8 +186,8 @@ def keep_if(sound: jax.Array, new: DHO2State, old: DHO2State) -> DHO2State:
         subspace_state=subspace_state,
         missed=missed,
         refreshed_at=refreshed_at,
-        refreshes=old.refreshes + kept,
-        rejected=old.rejected + 1 - kept,
+        refreshes=counters.add(old.refreshes, kept),
+        rejected=counters.add(old.rejected, 1 - kept),
     )
 
 
@@ -217,14 +217,13 @@ def synchronous(solver: Solver, refresh_interval: ArrayLike, warmup_steps: Array
             axis_name=solver.axis_name,
         )
         state = keep_if(is_sound(process, spectrum), installed, state)
-        return state._replace(matvecs=state.matvecs + process.count)
+        return state._replace(matvecs=counters.add(state.matvecs, process.count))
 
     def advance(state: DHO2State, source: Source) -> DHO2State:
-        # Of lax, since `%` fails in a shard_map for a hyperparameter that lies on the mesh and is closed over.
-        since_warmup = state.count + 1 - jnp.asarray(warmup_steps, jnp.int32)
-        remainder = jax.lax.rem(since_warmup, jnp.asarray(refresh_interval, jnp.int32))
-        due = (since_warmup >= 0) & (remainder == 0) & source.allowed
-        return jax.lax.cond(due, lambda s: refresh(s, source), lambda s: s, state)
+        start = jnp.asarray(warmup_steps, jnp.int32) - 1
+        due = counters.is_due(state.clock, start, refresh_interval) & source.allowed
+        state = jax.lax.cond(due, lambda s: refresh(s, source), lambda s: s, state)
+        return state._replace(clock=counters.tick(state.clock, start, refresh_interval))
 
     return Refresh(init=lambda params, like, factors: None, advance=advance)
 

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dho2_optax import arguments, counters, eigensolver, plan, segments
 from dho2_optax import curvature as curvature_lib
-from dho2_optax import eigensolver, plan, segments
 from dho2_optax.curvature import LossFn, Operator
 from dho2_optax.eigensolver import Select, Spectrum
-from dho2_optax.metric import Factors, geometry, split
+from dho2_optax.metric import Factors, Geometry, Metric, geometry
 from dho2_optax.parallel import batch_specs, over_axis, specs_of
 from dho2_optax.refresh import Solver, carrier, in_metric, install, is_sound, warm_start
 from dho2_optax.state import DHO2State, find_state, replace_state
@@ -195,6 +195,7 @@ class CurvatureGroup:
       floor: as in :func:`dho2`.
       damping: as in :func:`dho2`.
       basis_dtype: as in :func:`dho2`.
+      metric: the optimizer's, if that is a :class:`dho2_optax.Metric`; one that is read from the base is known.
       interval: updates between two launches, at least.
       deterministic: use the spectrum launched after update ``t`` from update ``t + interval`` on, neither earlier nor
         later, waiting for it if need be. Then two runs give the same parameters bit for bit.
@@ -245,6 +246,7 @@ class CurvatureGroup:
         floor: float = 1e-3,
         damping: float = 0.0,
         basis_dtype: Any = None,
+        metric: Metric | None = None,
         interval: int = 50,
         deterministic: bool = False,
         timeout: float = 60.0,
@@ -252,12 +254,10 @@ class CurvatureGroup:
     ) -> None:
         """See the class."""
         eigensolver.check_selection(rank, num_smallest, order, select)
+        arguments.check_functions(optional=True, loss_fn=loss_fn, curvature=curvature)
         operator = curvature if loss_fn is None else curvature_lib.hessian(loss_fn, has_aux=has_aux)
         if operator is None or (loss_fn is not None and curvature is not None):
             raise ValueError("give either `loss_fn` or `curvature`.")
-        for name, function in {"loss_fn": loss_fn, "curvature": curvature}.items():
-            if function is not None and not callable(function):
-                raise ValueError(f"`{name}` must be callable, got {function!r}.")
         if not devices or not all(isinstance(device, jax.Device) for device in devices):
             raise ValueError(f"`devices` must be a non-empty list of jax devices, got {devices!r}.")
         if len(set(devices)) != len(devices):
@@ -270,18 +270,12 @@ class CurvatureGroup:
             )
         if not isinstance(axis_name, str):
             raise ValueError(f"`axis_name` must be a string, got {axis_name!r}.")
-        if not isinstance(interval, int) or interval < 1:
-            raise ValueError(f"`interval` must be a positive int, got {interval!r}.")
-        if not timeout > 0:
-            raise ValueError(f"`timeout` must be positive, got {timeout!r}.")
-        for name, value in (
-            ("tolerance", tolerance),
-            ("max_residual", max_residual),
-            ("floor", floor),
-            ("damping", damping),
-        ):
-            if not value >= 0:
-                raise ValueError(f"`{name}` must be non-negative, got {value!r}.")
+        if not (metric is None or isinstance(metric, Metric)):
+            raise ValueError(f"`metric` must be None or a dho2_optax.Metric, got {metric!r}.")
+        arguments.check_numbers("positive", whole=True, interval=interval)
+        arguments.check_numbers("positive", infinite=True, timeout=timeout)
+        arguments.check_numbers("non-negative", tolerance=tolerance, floor=floor, damping=damping)
+        arguments.check_numbers("non-negative", infinite=True, max_residual=max_residual)
         pairs = rank + num_smallest
         self._solver = Solver(
             rank=rank,
@@ -297,8 +291,9 @@ class CurvatureGroup:
         )
         self._operator = operator
         self._axis_name = axis_name
+        self._metric = metric
         self._mesh = Mesh(np.array(devices), (axis_name,))
-        self._interval = interval
+        self._interval = int(interval)
         self._deterministic = deterministic
         self._timeout = timeout
         # Compiled: (params, batch, old spectrum, its factors, new ones, count) -> `_Found`; by structure of factors.
@@ -443,7 +438,7 @@ class CurvatureGroup:
             params, batch = self._snapshot(params), self._place(batch)
             if self._spectrum is None:
                 self._spectrum, self._factors = self._empty(params), factors[1]
-            number = jax.device_put(np.int32(count), NamedSharding(self._mesh, PartitionSpec()))
+            number = jax.device_put(np.int32(min(count, counters.LARGEST)), NamedSharding(self._mesh, PartitionSpec()))
         except jax.errors.JaxRuntimeError as error:
             self._log.failed(error)
             return
@@ -458,22 +453,31 @@ class CurvatureGroup:
         if ours.factors is None:
             return None, None
         if self._read is None:
+            metric, axis_name = self._metric, self._optimizers_axis(ours, params)
+            elementwise = ours.factors.metric(metric).elementwise
 
             def read(factors: Factors, base_state: Any, params: Any) -> tuple[Factors, Any]:
-                new = factors.renewed(base_state, params)
-                elementwise, axis_name = factors.metric.elementwise, factors.axis_name
+                new = factors.renewed(base_state, params, axis_name=axis_name, metric=metric)
                 return new, segments.whole(new.values, params, axis_name) if elementwise else new.values
 
             def specs(axis_name: str) -> tuple[Any, Any]:
                 base = specs_of(ours.base_state, axis_name) if ours.factors.segmented_base else PartitionSpec()
-                kept = _specs_as_kept(ours, axis_name).factors
+                kept = _specs_as_kept(ours, axis_name, elementwise).factors
                 return (kept, base, PartitionSpec()), (kept, PartitionSpec())
 
             shardings = jax.tree.map(lambda x: x.sharding, ours.factors)
-            run, _ = _as_the_optimizer(read, ours, specs)
+            run = _as_the_optimizer(read, ours, axis_name, specs)
             self._read = jax.jit(run, out_shardings=(shardings, ours.spectrum.eigenvalues.sharding))
         new, whole = self._read(ours.factors, ours.base_state, params)
-        return new, Factors(self._snapshot(whole), new.metric, self._axis_name, segmented_base=False)
+        return new, new._replace(values=self._snapshot(whole))
+
+    def _optimizers_axis(self, ours: DHO2State, params: Any) -> str | None:
+        """The axis over which the optimizer splits vectors, by any name on one device; None if it does not."""
+        rows = ours.spectrum.eigenvectors
+        if all(jax.tree.leaves(jax.tree.map(lambda row, x: row.shape[1:] == np.shape(x), rows, params))):
+            return None
+        spec = getattr(jax.tree.leaves(rows)[0].sharding, "spec", ())
+        return spec[1] if len(spec) > 1 and isinstance(spec[1], str) else self._axis_name
 
     def _snapshot(self, params: Any) -> Any:
         """A copy of the parameters on every device of the group; waits for nothing if they are replicated."""
@@ -515,13 +519,17 @@ class CurvatureGroup:
         kind = jax.tree.structure(factors)
         if kind in self._solve:
             return self._solve[kind]
-        solver, operator = self._solver, self._operator
+        solver, operator, axis_name, metric = self._solver, self._operator, self._axis_name, self._metric
+
+        def on_segments(factors: Factors | None, params: Any) -> Geometry:
+            kept = None if factors is None else factors.split(axis_name, metric)
+            return geometry(kept, params, axis_name=axis_name, metric=metric)
 
         def solve(
             params: Any, batch: Any, old: Spectrum, old_factors: Any, factors: Any, count: jax.Array
         ) -> tuple[Spectrum, jax.Array, jax.Array]:
-            before, now = (geometry(x and split(x), params) for x in (old_factors, factors))
-            matvec = in_metric(curvature_lib.segmented_matvec(operator, params, batch, self._axis_name), now)
+            before, now = (on_segments(x, params) for x in (old_factors, factors))
+            matvec = in_metric(curvature_lib.segmented_matvec(operator, params, batch, axis_name), now)
             process = solver.run(matvec, old, count, params, carrier(before, now))
             new = solver.publish(process)
             return new, is_sound(process, new), process.count
@@ -571,24 +579,36 @@ class CurvatureGroup:
             Spectrum(replicated, jax.tree.map(lambda x: x.sharding, target), replicated, replicated),
         )
         if self._deliver is None:
-            damping = self._solver.damping
+            damping, metric, axis_name = self._solver.damping, self._metric, self._optimizers_axis(ours, params)
 
             def deliver(
                 state: DHO2State, new: Spectrum, factors: Any, like: Any, found_at: jax.Array, matvecs: jax.Array
             ) -> DHO2State:
-                carry = carrier(geometry(state.factors, like), geometry(factors, like))
+                both = (state.factors, factors)
+                before, now = (geometry(x, like, axis_name=axis_name, metric=metric) for x in both)
+                carry = carrier(before, now)
                 state = install(
-                    state, new, factors, carry=carry, found_at=found_at, damping=damping, axis_name=axis_name
+                    state,
+                    new,
+                    factors,
+                    carry=carry,
+                    found_at=found_at,
+                    damping=damping,
+                    axis_name=segments.bound_axis(axis_name),
                 )
-                return state._replace(matvecs=state.matvecs + matvecs)
+                return state._replace(matvecs=counters.add(state.matvecs, matvecs))
+
+            elementwise = ours.factors is not None and ours.factors.metric(metric).elementwise
 
             def specs(axis_name: str) -> tuple[Any, Any]:
-                kept, whole = _specs_as_kept(ours, axis_name), PartitionSpec()
+                kept, whole = _specs_as_kept(ours, axis_name, elementwise), PartitionSpec()
                 return (kept, kept.spectrum, kept.factors, whole, whole, whole), kept
 
-            run, axis_name = _as_the_optimizer(deliver, ours, specs)
+            run = _as_the_optimizer(deliver, ours, axis_name, specs)
             self._deliver = jax.jit(run, out_shardings=jax.tree.map(lambda x: x.sharding, ours))
-        ours = self._deliver(ours, moved, factors, params, jnp.int32(launched_at), jnp.int32(matvecs))
+        ours = self._deliver(
+            ours, moved, factors, params, jnp.int32(min(launched_at, counters.LARGEST)), jnp.int32(matvecs)
+        )
         return replace_state(state, ours._replace(base_state=base_state))
 
     def _relayout(self, found: Any, target: Any) -> Any:
@@ -611,24 +631,24 @@ class CurvatureGroup:
 
 
 def _as_the_optimizer(
-    function: Callable[..., Any], state: DHO2State, specs: Callable[[str], tuple[Any, Any]]
-) -> tuple[Callable[..., Any], str | None]:
-    """`function` as the optimizer runs its own: on one device of the axis over which its metric is split, if any.
+    function: Callable[..., Any], state: DHO2State, axis_name: str | None, specs: Callable[[str], tuple[Any, Any]]
+) -> Callable[..., Any]:
+    """`function` as the optimizer runs its own: on one device of the axis over which it splits vectors, if any.
 
-    What is made of segments outside of ``shard_map`` does not know over how many devices they are padded. Returns the
-    axis too. `specs` are those of inputs and outputs.
+    What is made of segments outside of ``shard_map`` does not know over how many devices they are padded. `specs` are
+    those of inputs and outputs.
     """
-    mesh = getattr(jax.tree.leaves(state.spectrum.eigenvectors)[0].sharding, "mesh", None)
-    axis_name = None if state.factors is None else state.factors.axis_name
+    sharding = jax.tree.leaves(state.spectrum.eigenvectors)[0].sharding
+    mesh = getattr(sharding, "mesh", None)
     if axis_name is None or not isinstance(mesh, Mesh):  # that is, on one device without a mesh
-        return function, None
-    return over_axis(function, mesh, axis_name, *specs(axis_name)), axis_name
+        return function
+    return over_axis(function, mesh, axis_name, *specs(axis_name))
 
 
-def _specs_as_kept(state: DHO2State, axis_name: str) -> Any:
+def _specs_as_kept(state: DHO2State, axis_name: str, elementwise: bool) -> Any:
     """The ``PartitionSpec`` of every leaf of an optimizer's own state, without that of its base."""
     specs = jax.tree.map(lambda _: PartitionSpec(), state._replace(base_state=()))
     rows = jax.tree.map(lambda _: PartitionSpec(None, axis_name), state.spectrum.eigenvectors)
-    split = state.factors is not None and state.factors.metric.elementwise
+    split = state.factors is not None and elementwise
     factors = jax.tree.map(lambda _: PartitionSpec(axis_name) if split else PartitionSpec(), state.factors)
     return specs._replace(spectrum=specs.spectrum._replace(eigenvectors=rows), factors=factors)

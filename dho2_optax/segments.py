@@ -40,6 +40,15 @@ def bound_axis(axis_name: str | None) -> str | None:
     return None if axis_name is None or bound_axis_size(axis_name) is None else axis_name
 
 
+def check_bound(axis_name: str | None) -> None:
+    """Raises ValueError where `axis_name` is not bound."""
+    if axis_name is not None and bound_axis_size(axis_name) is None:
+        raise ValueError(
+            f"`axis_name` {axis_name!r} is bound only inside shard_map and pmap over that axis, and this is outside; "
+            "under plain jit give the optimizer `mesh=` too."
+        )
+
+
 def padded_size(size: int, num_devices: int) -> int:
     """The length of a leaf of `size` numbers once padded; even an empty leaf has a segment on every device.
 

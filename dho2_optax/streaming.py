@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_optax import curvature, krylov, segments, vectors
+from dho2_optax import counters, curvature, krylov, segments, vectors
 from dho2_optax.curvature import LossFn
 from dho2_optax.krylov import LanczosState
 from dho2_optax.masking import fill, hide
-from dho2_optax.metric import Factors, geometry
+from dho2_optax.metric import Factors, Metric, geometry
 from dho2_optax.refresh import Refresh, Solver, Source, carrier, in_metric, install, is_sound, keep_if
 from dho2_optax.state import DHO2State, find_state
 from dho2_optax.vectors import Vector
@@ -30,13 +30,17 @@ ArrayLike = jax.typing.ArrayLike
 _METRIC_UPDATES = 10  # of a base before its preconditioner is a metric: averages of fewer gradients are noise
 _AGREE = 0.05  # eigenvalues that moved by at most this part of the largest let the probes become rarer
 _DISAGREE = 0.2  # and by at least this part, more frequent
+_WITHOUT_FORWARD_MODE = (
+    "give mr_dho2 `curvature=dho2_optax.hessian(loss_fn, mode='reverse-over-reverse')`, `update` the batch, and take "
+    "the gradient by itself"
+)
 
 
 class Probing(NamedTuple):
     """A Lanczos process spread over updates."""
 
     process: LanczosState
-    due_at: jax.Array  # shape=(), dtype=int32: `count` of the update that takes the next probe
+    wait: jax.Array  # shape=(), dtype=int32: updates before the one that takes the next probe
     interval: jax.Array  # shape=(), dtype=int32: updates between two probes
     pending: jax.Array  # shape=(), dtype=bool: the next update publishes the pairs found
     complete: jax.Array  # shape=(), dtype=bool: the cycle is over; once published, the next update starts another
@@ -48,7 +52,7 @@ class Probing(NamedTuple):
 
 def is_due(state: DHO2State) -> jax.Array:
     """Whether the next update takes a probe."""
-    return (state.count >= state.probing.due_at) & ~state.probing.pending & ~state.probing.complete
+    return (state.probing.wait <= 0) & ~state.probing.pending & ~state.probing.complete
 
 
 def probe_params(probing: Probing, params: Any) -> Any:
@@ -77,7 +81,7 @@ def streaming(
             ),
             # Copies: a state that shares a buffer with a hyperparameter could not be donated.
             # With a metric not before the base's state says something.
-            due_at=jnp.maximum(jnp.array(warmup_steps, jnp.int32), 0 if factors is None else _METRIC_UPDATES),
+            wait=jnp.maximum(jnp.array(warmup_steps, jnp.int32), 0 if factors is None else _METRIC_UPDATES),
             interval=jnp.array(probe_interval, jnp.int32),
             pending=jnp.zeros((), bool),
             # With a metric the first cycle begins as all others do.
@@ -103,7 +107,7 @@ def streaming(
             product = in_metric(source.matvec_at(probe_params(probing, source.params)), geometry)(old.vector)
         else:
             return state._replace(
-                probing=probing._replace(skipped=probing.skipped + 1, due_at=state.count + probing.interval)
+                probing=probing._replace(skipped=counters.add(probing.skipped, 1), wait=probing.interval)
             )
         new = krylov.extend(old, product, source.params, axis_name)
         finite = krylov.is_finite(new)
@@ -122,13 +126,13 @@ def streaming(
         return state._replace(
             probing=probing._replace(
                 process=process,
-                due_at=state.count + probing.interval,
+                wait=probing.interval,
                 pending=more | complete,
                 complete=complete,
                 anchor=probe_params(probing, source.params) if probe_at_anchor else None,
             ),
-            matvecs=state.matvecs + 1,
-            rejected=state.rejected + 1 - finite.astype(jnp.int32),
+            matvecs=counters.add(state.matvecs, 1),
+            rejected=counters.add(state.rejected, ~finite),
         )
 
     def publish(state: DHO2State, source: Source) -> DHO2State:
@@ -149,7 +153,9 @@ def streaming(
         interval = jnp.asarray(probe_interval, jnp.int32)
         if max_probe_interval is not None:
             movement = _movement(probing.last, found)
-            adapted = jnp.where(movement <= _AGREE, 2 * probing.interval, probing.interval)
+            adapted = jnp.where(
+                movement <= _AGREE, 2 * jnp.minimum(probing.interval, counters.LARGEST // 2), probing.interval
+            )
             adapted = jnp.where(movement >= _DISAGREE, probing.interval // 2, adapted)
             adapted = jnp.clip(adapted, interval, jnp.asarray(max_probe_interval, jnp.int32))
             interval = jnp.where(complete, adapted, probing.interval)
@@ -173,13 +179,14 @@ def streaming(
     def advance(state: DHO2State, source: Source) -> DHO2State:
         pending, complete = state.probing.pending, state.probing.complete
         due = is_due(state) & source.allowed
-        begins = complete & ~pending & (state.count + 1 >= state.probing.due_at) & source.allowed
+        begins = complete & ~pending & (state.probing.wait <= 1) & source.allowed
         # Three conditionals, not a switch: the compiler then copies no big buffer on its way through.
         state = jax.lax.cond(due, lambda s: probe(s, source), lambda s: s, state)
         # The publication last, though it comes first in a cycle: the eigenvectors then depend on all that the other two
         # communicate, and no device can come to the sums of the update before another is done with those.
         state = jax.lax.cond(begins, lambda s: begin(s, source), lambda s: s, state)
-        return jax.lax.cond(pending & source.allowed, lambda s: publish(s, source), lambda s: s, state)
+        state = jax.lax.cond(pending & source.allowed, lambda s: publish(s, source), lambda s: s, state)
+        return state._replace(probing=state.probing._replace(wait=jnp.maximum(state.probing.wait - 1, 0)))
 
     return Refresh(init=init, advance=advance)
 
@@ -198,6 +205,7 @@ def value_grad_and_hvp(
     has_aux: bool = False,
     axis_name: str | None = None,
     batch_size: int | None = None,
+    metric: Metric | None = None,
 ) -> Callable[..., tuple[Any, Any, Any]]:
     r"""Loss, gradient and, where `mr_dho2` is due for a probe, the Hessian-vector product it wants.
 
@@ -211,12 +219,14 @@ def value_grad_and_hvp(
       axis_name: the optimizer's `axis_name`, inside ``shard_map`` or ``pmap``: gradient and product are then those of
         the local batch, to be averaged alike. With `mesh=` and without an axis: None.
       batch_size: take the product on this many samples only, the first ones of the batch. It is then computed apart.
+      metric: the optimizer's `metric`, if that is a :class:`dho2_optax.Metric`.
 
     Returns:
       A function ``(params, state, batch, allow_probe=True) -> (value, grads, hvp)``, with `value` what `loss_fn`
       returns, and `hvp` a pytree like `grads` for ``update(..., hvp=hvp)``; zero where no probe is due. `state` is
-      that of an optimizer that contains one `mr_dho2`. `allow_probe` is a boolean scalar: give the condition that it is
-      the last mini-step when accumulating gradients.
+      that of an optimizer that contains one `mr_dho2`, or the ``opt_state`` of an ``nnx.Optimizer`` of one, and
+      `params` may be an ``nnx.State``. `allow_probe` is a boolean scalar: give the condition that it is the last
+      mini-step when accumulating gradients.
 
     Raises:
       ValueError: if `batch_size` is not positive, or, when called, if `state` holds no `mr_dho2` state.
@@ -241,14 +251,19 @@ def value_grad_and_hvp(
     References:
       Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
     """
-    product = curvature.hessian(loss_fn, has_aux=has_aux, batch_size=batch_size)
+    curvature.hessian(loss_fn, batch_size=batch_size)  # checks its arguments
 
     def compute(params: Any, state: Any, batch: Any, allow_probe: ArrayLike = True) -> tuple[Any, Any, Any]:
         found = find_state(state)
         if found.probing is None:
             raise ValueError("`state` must be that of an mr_dho2: others take no probes.")
-        params = vectors.vary(params, axis_name)
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
+        # Parameters may be variables of flax's nnx; vectors of the state, and what is computed here, are arrays.
+        treedef = jax.tree.structure(params)
+        wrapped = lambda tree: treedef.unflatten(jax.tree.leaves(tree))  # noqa: E731
+        params = vectors.vary(vectors.as_arrays(vectors.unwrapped(params)), axis_name)
+        loss = curvature.checked_loss(lambda p, b: loss_fn(wrapped(p), b), has_aux=has_aux)
+        value_and_grad = jax.value_and_grad(loss, has_aux=has_aux)
+        product = curvature.hessian(loss, has_aux=has_aux, batch_size=batch_size)
 
         def plain() -> tuple[Any, Any, Any]:
             value, grads = value_and_grad(params, batch)
@@ -257,16 +272,19 @@ def value_grad_and_hvp(
         def probe() -> tuple[Any, Any, Any]:
             segment = found.probing.process.vector
             shown = hide(params, segment)
-            half = geometry(found.probing.factors, shown).half
+            half = geometry(found.probing.factors, shown, axis_name=axis_name, metric=metric).half
             vector = segments.whole(half(segment), shown, axis_name)
             vector = fill(vector, jax.tree.map(jnp.zeros_like, params))
             vector = vectors.vary(vectors.cast_like(vector, params), axis_name)
             if found.probing.anchor is None and batch_size is None:
-                (value, grads), (_, hvp) = jax.jvp(lambda p: value_and_grad(p, batch), (params,), (vector,))
+                (value, grads), (_, hvp) = curvature.forward_mode(
+                    lambda: jax.jvp(lambda p: value_and_grad(p, batch), (params,), (vector,)), _WITHOUT_FORWARD_MODE
+                )
                 return value, grads, hvp
             at = fill(probe_params(found.probing, shown), params)
             return *value_and_grad(params, batch), product(vectors.vary(at, axis_name), vector, batch)
 
-        return jax.lax.cond(is_due(found) & allow_probe, probe, plain)
+        value, grads, hvp = jax.lax.cond(is_due(found) & allow_probe, probe, plain)
+        return value, wrapped(grads), wrapped(hvp)
 
     return compute

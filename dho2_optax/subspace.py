@@ -130,7 +130,8 @@ def rotate_state(
     eigenvalue. Applies to every floating-point leaf of length ``k``; counters and the like stay, and a number that is
     not finite counts as zero.
 
-    `least` is what the old eigenvalues counted as at least. With `carry`, a change of metric, :math:`R = V_\text{new}\, \text{carry}\, V_\text{old}^\top`.
+    `least` is what the old eigenvalues counted as at least. With `carry`, a change of metric,
+    :math:`R = V_\text{new}\, \text{carry}\, V_\text{old}^\top`.
     """
     num_pairs = new.eigenvalues.shape[0]
     before = after = 1.0
@@ -156,23 +157,39 @@ _PACE = 0.1  # by how much the logarithm of the usual length follows
 
 
 class Bounds(NamedTuple):
-    """What bounds the Newton step by what the base would do."""
+    r"""What bounds a hybrid by its base, so that no batch does more harm than to the base alone.
+
+    A base such as Adam bounds its own step whatever the gradient, and the Newton step is linear in it. So a gradient of
+    more than four times the usual length is the base's: the update is the base's own, until a momentum has forgotten it.
+
+    And whatever eigenvalue a batch has led to, the Newton step goes no further along its vector than the base would go
+    by itself along a gradient that lasts: eigenvalues count as at least `least`, :math:`\alpha / \eta`, with
+    :math:`\eta` the learning rate of the base in its metric, see :func:`tolerable_curvature`.
+    """
 
     usual: jax.Array  # shape=(): length that gradients have of late, whatever single batches say; 0 before the first
     peak: jax.Array  # shape=(): length of the longest gradient, less what the base's momentum has forgotten of it
     least: jax.Array  # shape=(): what every eigenvalue counted as at least in the last update
 
+    def after(self, length: jax.Array) -> "Bounds":
+        r"""With one more gradient of this length.
 
-def follow(usual: jax.Array, length: jax.Array) -> jax.Array:
-    r"""A usual length after one more: its logarithm moves towards the new one, by a tenth at most.
+        The logarithm of the usual length moves towards that of the new one by a tenth at most. So it is within a factor
+        of three of what it was ten batches before, whatever they say, and from any start it is right after some ten
+        updates for every factor of e. A length that is zero or not finite is no length.
+        """
+        length = length.astype(self.usual.dtype)
+        known = (length > 0) & jnp.isfinite(length)
+        now = jnp.where(known, length, 1)
+        start = jnp.where(self.usual > 0, self.usual, now)
+        moved = start * jnp.exp(_PACE * jnp.clip(jnp.log(now / start), -1, 1))
+        largest = jnp.sqrt(jnp.finfo(length.dtype).max)  # beyond it the square overflows
+        peak = jnp.maximum(jnp.nan_to_num(length, nan=0.0, posinf=largest), _DECAY * self.peak)
+        return self._replace(usual=jnp.where(known, moved, self.usual), peak=peak)
 
-    So it is within a factor of three of what it was ten batches before, whatever they say, and from any start it is
-    right after some ten updates for every factor of e. A length that is zero or not finite is no length.
-    """
-    known = (length > 0) & jnp.isfinite(length)
-    length = jnp.where(known, length, 1)
-    moved = usual * jnp.exp(_PACE * jnp.clip(jnp.log(length / jnp.where(usual > 0, usual, length)), -1, 1))
-    return jnp.where(known, jnp.where(usual > 0, moved, length), usual).astype(usual.dtype)
+    def trust(self) -> jax.Array:
+        """Whether the last gradient, and what a momentum remembers of those before it, are of the usual length."""
+        return self.peak <= _OUTLIER * self.usual
 
 
 class HybridStep(NamedTuple):
@@ -223,10 +240,8 @@ def hybrid_step(
     coordinates, square = _dots_and_squares(eigenvectors, geometry.half(gradient), [gradient], axis_name)
     trusted = jnp.all(jnp.isfinite(coordinates))
     if bounds is not None:
-        length = jnp.sqrt(square[0]).astype(bounds.peak.dtype)
-        largest = jnp.sqrt(jnp.finfo(length.dtype).max)  # beyond it the square overflows
-        peak = jnp.maximum(jnp.nan_to_num(length, nan=0.0, posinf=largest), _DECAY * bounds.peak)
-        trusted = trusted & ((peak <= _OUTLIER * bounds.usual) | (bounds.usual == 0))
+        bounds = bounds.after(jnp.sqrt(square[0]))
+        trusted = trusted & bounds.trust()
     coordinates = jnp.where(trusted, coordinates, 0)
     newton, new_state = subspace.update(coordinates, subspace_state)
     subspace_state = jax.tree.map(lambda new, old: jnp.where(trusted, new, old), new_state, subspace_state)
@@ -249,7 +264,7 @@ def hybrid_step(
         # How far the base would go by itself along a gradient that lasts, and how far the Newton step would.
         pace, newton_pace = momentum.limit * gain(momentum.limit) / tolerable, alpha * gain(limit_of(subspace_state))
         least = jnp.where(jnp.isfinite(tolerable), newton_pace / pace, bounds.least).astype(bounds.least.dtype)
-        bounds = Bounds(follow(bounds.usual, length), peak, least)
+        bounds = bounds._replace(least=least)
     newton = jnp.where(trusted, jnp.asarray(newton), 0) * inverse_eigenvalues(spectrum, damping, least)
     correction = geometry.half(vectors.combine(sigma * inside + alpha * newton, eigenvectors))
 
@@ -263,7 +278,7 @@ def hybrid_step(
 def _dots_and_squares(
     stack: Any, vector: Vector, others: list[Vector], axis_name: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Inner products of the rows of a stack with a vector, and the squared norms of others, in one sum over the axis."""
+    """Inner products of a stack's rows with a vector, and the squared norms of others, in one sum over the axis."""
     inside = vectors.dots(stack, vector)
     squares = jnp.stack([vectors.dot(x, x).astype(inside.dtype) for x in others])
     sums = jnp.concatenate([inside, squares])

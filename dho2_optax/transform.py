@@ -1,6 +1,5 @@
 """The optimizers: `dho2`, `mr_dho2`, their published ancestor `fosi`, and `MultiSteps` for gradient accumulation."""
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -9,21 +8,26 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from dho2_optax import arguments, eigensolver, krylov, parallel, segments, vectors
 from dho2_optax import curvature as curvature_lib
-from dho2_optax import eigensolver, krylov, parallel, segments, vectors
 from dho2_optax import metric as metric_lib
 from dho2_optax import refresh as refresh_lib
+from dho2_optax.arguments import STATIC_HINT
 from dho2_optax.curvature import LossFn, Operator
-from dho2_optax.eigensolver import STATIC_HINT, Select, Spectrum
+from dho2_optax.eigensolver import Select, Spectrum
 from dho2_optax.masking import any_hidden, fill, hide, is_hidden
-from dho2_optax.metric import Factors, Metric, Momentum
+from dho2_optax.metric import Factors, Geometry, Metric, Momentum
 from dho2_optax.refresh import Refresh, Solver, Source
-from dho2_optax.state import DHO2State
+from dho2_optax.state import DHO2State, check_state
 from dho2_optax.streaming import streaming
 from dho2_optax.subspace import Bounds, Damping, base_scale, hybrid_step
 from dho2_optax.vectors import Vector
 
 ArrayLike = jax.typing.ArrayLike
+_DROPPED = (
+    "If it was given: flax's TrainState.apply_gradients and optax.MultiSteps in a chain drop keyword arguments; "
+    "override the one, and use dho2_optax.MultiSteps(...).gradient_transformation() for the other."
+)
 
 
 def dho2(
@@ -121,8 +125,9 @@ def dho2(
         :math:`1 / (\sqrt{\nu} + \epsilon)` for Adam, but within a leaf at most 1000 times its smallest number,
         eigenpairs are those of :math:`P^{1/2} H P^{1/2}`, and one copy of :math:`P` is kept with them. Known are Adam,
         AdamW, NAdam, AMSGrad, AdaBelief, RMSprop, Adagrad, :func:`dho2_optax.soap` and :func:`dho2_optax.shampoo`, in
-        chains and with masks. A :class:`dho2_optax.Metric` serves other bases. None: those of :math:`H`. ``"auto"``:
-        the base's if it is known, else None.
+        chains and with masks. A :class:`dho2_optax.Metric` serves other bases; whoever has only the state, a
+        :class:`CurvatureGroup` say, must be given it too. None: those of :math:`H`. ``"auto"``: the base's if it is
+        known, else None.
       basis_dtype: dtype of eigenvectors and Krylov basis. Default: that of the parameters, at least float32.
       axis_name: the data-parallel mesh axis over which eigenvectors, Krylov basis and the base's state are split.
       mesh: makes `dho2` run on global arrays under ``jit``; without it, `axis_name` must be bound by the ``shard_map``
@@ -165,7 +170,7 @@ def dho2(
       Gu et al., "Accelerating Deep Neural Network Training via Distributed Hybrid Order Optimization",
       arXiv 2505.00982. Sivan et al., "FOSI: Hybrid First and Second Order Optimization", arXiv 2302.08484.
     """
-    _check_numbers(positive={"refresh_interval": refresh_interval, "warmup_steps": warmup_steps})
+    _check_schedule(refresh_interval, warmup_steps, optional=True)
 
     def refresh(solver: Solver) -> Refresh:
         if refresh_interval is None:
@@ -306,12 +311,11 @@ def mr_dho2(
       Gu et al., "Accelerating Deep Neural Network Training via Distributed Hybrid Order Optimization",
       arXiv 2505.00982, MR-DHO2.
     """
-    _check_numbers(
-        positive={"probe_interval": probe_interval, "max_probe_interval": max_probe_interval},
-        non_negative={"warmup_steps": warmup_steps},
-    )
-    bounds = (probe_interval, max_probe_interval)
-    if all(isinstance(x, int | float) for x in bounds) and bounds[1] < bounds[0]:  # pyright: ignore
+    arguments.check_numbers("positive", whole=True, probe_interval=probe_interval)
+    arguments.check_numbers("positive", whole=True, optional=True, max_probe_interval=max_probe_interval)
+    arguments.check_numbers("non-negative", whole=True, warmup_steps=warmup_steps)
+    shortest, longest = map(arguments.known, (probe_interval, max_probe_interval))
+    if shortest is not None and longest is not None and longest < shortest:
         raise ValueError(
             f"`max_probe_interval` must be at least probe_interval = {probe_interval}, got {max_probe_interval}."
         )
@@ -396,12 +400,11 @@ def fosi(
     """
     eigensolver.check_selection(rank, num_smallest, None, "algebraic")
     subspace = optax.identity() if subspace is None else subspace
-    _check_transformations(base=base, subspace=subspace)
-    _check_functions(loss_fn=loss_fn)
-    _check_numbers(
-        positive={"refresh_interval": refresh_interval, "warmup_steps": warmup_steps},
-        non_negative={"alpha": alpha, "base_scale_limit": base_scale_limit},
-    )
+    arguments.check_transformations(base=base, subspace=subspace)
+    arguments.check_functions(optional=True, loss_fn=loss_fn)
+    _check_schedule(refresh_interval, warmup_steps, optional=False)
+    arguments.check_numbers("non-negative", schedule=True, alpha=alpha)
+    arguments.check_numbers("non-negative", infinite=True, base_scale_limit=base_scale_limit)
 
     def start_at(old: Spectrum, seed: jax.Array, params: Vector, axis_name: str | None, carry: Any) -> Vector:
         del old, seed, carry
@@ -476,33 +479,17 @@ class MultiSteps(optax.MultiSteps):
         return optax.GradientTransformationExtraArgs(self.init, self.update)
 
 
-def _check_transformations(**transformations: Any) -> None:
-    for name, tx in transformations.items():
-        if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
-            raise ValueError(f"`{name}` must be an optax.GradientTransformation, got {tx!r}.")
-
-
-def _check_functions(**functions: Any) -> None:
-    for name, function in functions.items():
-        if function is not None and not callable(function):
-            raise ValueError(f"`{name}` must be callable, got {function!r}. {STATIC_HINT}")
-
-
-def _check_numbers(positive: dict[str, Any], non_negative: dict[str, Any] | None = None) -> None:
-    """Checks Python numbers; traced values, schedules and None pass."""
-    for name, value in {**positive, **(non_negative or {})}.items():
-        if not isinstance(value, int | float):
-            continue
-        if not value >= 0 or (name in positive and value == 0):
-            least = "positive" if name in positive else "non-negative"
-            raise ValueError(f"`{name}` must be {least}, got {value!r}.")
+def _check_schedule(refresh_interval: Any, warmup_steps: Any, *, optional: bool) -> None:
+    arguments.check_numbers("positive", whole=True, optional=optional, refresh_interval=refresh_interval)
+    arguments.check_numbers("positive", whole=True, optional=True, warmup_steps=warmup_steps)
 
 
 def _check_params(params: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        is_array = hasattr(leaf, "dtype")
+        if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
-                f"`params` must hold real floating-point numbers, got {leaf.dtype} at "
+                f"`params` must hold real floating-point numbers, got {leaf.dtype if is_array else repr(leaf)} at "
                 f"{jax.tree_util.keystr(path)}; leave such leaves out with optax.masked."
             )
 
@@ -539,21 +526,13 @@ def _distributed(
     """What `dho2` and `mr_dho2` share: checks, the solver, and the mesh."""
     eigensolver.check_selection(rank, num_smallest, order, select)
     subspace = optax.ema(0.9, debias=False) if subspace is None else subspace
-    _check_transformations(base=base, subspace=subspace)
-    _check_functions(loss_fn=loss_fn, curvature=curvature, rayleigh=rayleigh)
-    _check_numbers(
-        positive={"sharpness_limit": sharpness_limit},
-        non_negative={
-            "alpha": alpha,
-            "tolerance": tolerance,
-            "max_residual": max_residual,
-            "floor": floor,
-            "damping": damping,
-            "base_scale_limit": base_scale_limit,
-        },
-    )
-    if isinstance(base_scale_growth, int | float) and not base_scale_growth >= 1:
-        raise ValueError(f"`base_scale_growth` must be at least 1, got {base_scale_growth!r}.")
+    arguments.check_transformations(base=base, subspace=subspace)
+    arguments.check_functions(optional=True, loss_fn=loss_fn, curvature=curvature, rayleigh=rayleigh)
+    arguments.check_numbers("non-negative", schedule=True, alpha=alpha)
+    arguments.check_numbers("non-negative", tolerance=tolerance, floor=floor, damping=damping)
+    arguments.check_numbers("non-negative", infinite=True, max_residual=max_residual, base_scale_limit=base_scale_limit)
+    arguments.check_numbers("positive", infinite=True, sharpness_limit=sharpness_limit)
+    arguments.check_numbers("at least 1", infinite=True, base_scale_growth=base_scale_growth)
     if rayleigh is not None and loss_fn is None and curvature is None:
         raise ValueError("`rayleigh` needs `loss_fn` or `curvature`.")
     if mesh is not None and not isinstance(mesh, Mesh):
@@ -635,8 +614,10 @@ def _hybrid(
     axis_name = solver.axis_name
     base = optax.with_extra_args_support(base)
     segmented_base = base_on_segments and axis_name is not None
+    own_metric = metric if isinstance(metric, Metric) else None
 
     def init(params: Any) -> DHO2State:
+        params = vectors.as_arrays(params)
         _check_params(params)
         like = segments.split(params, axis_name)
         pairs = eigensolver.zero_spectrum(solver.num_pairs, like, solver.basis_dtype)
@@ -646,6 +627,7 @@ def _hybrid(
         factors = jax.tree.map(jnp.copy, factors_of(base_state, params))
         return DHO2State(
             count=zero(),
+            clock=zero(),
             spectrum=pairs,
             factors=factors,
             subspace_state=subspace_tx.init(pairs.eigenvalues),
@@ -664,15 +646,18 @@ def _hybrid(
         like = segments.split(params, axis_name) if segmented_base else params
         if metric is None or (metric == "auto" and not metric_lib.is_readable(base_state, like)):
             return None
-        chosen = metric if isinstance(metric, Metric) else metric_lib.of_base(base_state)
+        chosen = metric_lib.of_base(base_state) if own_metric is None else own_metric
         return metric_lib.snapshot(chosen, base_state, params, axis_name, segmented_base=segmented_base)
 
+    def geometry_of(factors: Factors | None, params: Any) -> Geometry:
+        return metric_lib.geometry(factors, params, axis_name=axis_name, metric=own_metric)
+
     def momentum_of(base_state: Any, gradient: Vector, params: Any) -> Momentum:
-        """The base's momentum in segment form, or the gradient, in segment form too, that it was fed."""
-        if segmented_base or axis_name is None:
-            return metric_lib.momentum(base_state, gradient)
-        found = metric_lib.momentum(base_state, segments.gather(gradient, params, axis_name))
-        return found._replace(vector=segments.split(found.vector, axis_name))
+        """The base's momentum in segment form, or the gradient that it was fed."""
+        found = metric_lib.momentum(base_state, gradient if segmented_base else params)
+        if found is None:
+            return Momentum(gradient, metric_lib.PLAIN_LIMIT)
+        return found if segmented_base else found._replace(vector=segments.split(found.vector, axis_name))
 
     def operator_for(params: Any, batch: Any, value_fn: Any, full_params: Any) -> tuple[Operator, Any] | None:
         """The curvature operator of this update and what it takes for a batch, if it can be had."""
@@ -694,15 +679,17 @@ def _hybrid(
             return None if batch is None and not needs_curvature else (curvature, batch)
         if loss_fn is not None:
             if batch is None and needs_curvature:
-                raise ValueError("`update` needs `batch=`, which `loss_fn` is called with, got None.")
+                raise ValueError(f"`update` needs `batch=`, which `loss_fn` is called with, got None. {_DROPPED}")
             loss = loss_fn
             operator = curvature_lib.hessian(lambda p, b: loss(merged(p), b), has_aux=has_aux)
             return None if batch is None else (operator, batch)
         if value_fn is None:
             if needs_curvature:
-                raise ValueError("`update` needs `value_fn=` (or `obj_fn=`): no `loss_fn` was given at construction.")
+                raise ValueError(
+                    f"`update` needs `value_fn=` (or `obj_fn=`): no `loss_fn` was given at construction. {_DROPPED}"
+                )
             return None
-        objective = value_fn
+        objective = curvature_lib.checked_loss(value_fn, has_aux=has_aux, name="value_fn")
         return curvature_lib.hessian(lambda p, b: objective(merged(p)), has_aux=has_aux), ()
 
     def source(params: Any, hvp: Any, found: tuple[Operator, Any] | None, allowed: ArrayLike) -> Source:
@@ -714,12 +701,17 @@ def _hybrid(
             product=None,
             allowed=allowed,
             factors=lambda base_state: factors_of(base_state, params),
-            geometry=lambda factors: metric_lib.geometry(factors, params),
+            geometry=lambda factors: geometry_of(factors, params),
         )
         if hvp is not None:
+            if jax.tree.structure(hvp) != jax.tree.structure(params):
+                hvp = vectors.unwrapped(hvp)  # nnx.Optimizer gives us the values of its variables
             given, wanted = (jax.tree.structure(tree, is_leaf=is_hidden) for tree in (hvp, params))
             if given != wanted:
                 raise ValueError(f"`hvp` must be a pytree like `params`, got {given} for {wanted}.")
+            given, wanted = ([x.shape for x in jax.tree.leaves(tree)] for tree in (hide(hvp, params), params))
+            if given != wanted:
+                raise ValueError(f"`hvp` must have the shapes of `params`, got {given} for {wanted}.")
             return nothing._replace(product=lambda: averaged(hide(hvp, params)))
         if found is None:
             return nothing
@@ -767,6 +759,9 @@ def _hybrid(
             raise ValueError("`update` needs `params`, got None.")
         if not jax.tree.leaves(params):  # all of them masked, say
             return updates, state._replace(count=optax.safe_increment(state.count))
+        segments.check_bound(axis_name)
+        updates, params, hvp = vectors.as_arrays((updates, params, hvp))
+        check_state(state, jax.eval_shape(init, params))
         value_fn = obj_fn if value_fn is None else value_fn
         hvp = None if needs_curvature else hvp
         found = operator_for(params, batch, value_fn, full_params) if hvp is None else None
@@ -802,7 +797,7 @@ def _hybrid(
             damping=damping,
             axis_name=axis_name,
             bounds=state.bounds,
-            geometry=metric_lib.geometry(state.factors, params),
+            geometry=geometry_of(state.factors, params),
             momentum_of=lambda base_state, fed: momentum_of(base_state, fed, params),
         )
         state = state._replace(

@@ -19,6 +19,17 @@ Vector = Any  # a pytree of arrays
 Stack = Any  # the same pytree, one more leading axis on every leaf
 
 
+def as_arrays(tree: Any) -> Any:
+    """`tree` with arrays in place of Python numbers, which optax takes for parameters too; the rest stays."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)) if isinstance(x, int | float) else x, tree)
+
+
+def unwrapped(tree: Any) -> Any:
+    """`tree` with the values of the variables of ``flax.nnx`` in their place; the rest stays."""
+    is_variable = lambda x: hasattr(x, "get_value")  # noqa: E731
+    return jax.tree.map(lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable)
+
+
 def at_least_float32(dtype: Any) -> jnp.dtype:
     """`dtype`, or float32 for the shorter ones; a rule of its own, since strict dtype promotion refuses to mix."""
     return jnp.dtype(jnp.float32) if jnp.dtype(dtype).itemsize < 4 else jnp.dtype(dtype)

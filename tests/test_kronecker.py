@@ -333,8 +333,8 @@ def test_a_state_that_is_missing_or_of_other_parameters_is_an_error():
         ({"eps": 0.0}, "`eps` must be positive, got 0.0"),
         ({"weight_decay": -1.0}, "`weight_decay` must be non-negative, got -1.0"),
         ({"learning_rate": float("nan")}, "`learning_rate` must be non-negative, got nan"),
-        ({"precondition_interval": 0}, "`precondition_interval` must be a positive integer, got 0"),
-        ({"precondition_interval": 2.5}, r"`precondition_interval` must be a positive integer, got 2.5"),
+        ({"precondition_interval": 0}, "`precondition_interval` must be positive, got 0"),
+        ({"precondition_interval": 2.5}, r"`precondition_interval` must be a positive integer below 2..31, got 2.5"),
         ({"max_size": -1}, "`max_size` must be a Python int of at least 0, got -1"),
         ({"max_size": jnp.int32(3)}, "`max_size` must be a Python int.*static_args"),
     ],
@@ -412,8 +412,8 @@ def test_statistics_are_float32_and_updates_have_the_dtype_of_the_gradients(scal
         gradients = [jax.tree.map(lambda x: jnp.asarray(x, dtype), g) for g in _trees(3)]
         (updates, *_), (state, *_) = _run(tx, gradients, params=like)
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
-    assert {x.dtype for x in jax.tree.leaves(state._replace(count=()))} == {jnp.dtype(jnp.float32)}
-    assert state.count.dtype == jnp.int32
+    assert {x.dtype for x in jax.tree.leaves(state._replace(count=(), clock=()))} == {jnp.dtype(jnp.float32)}
+    assert state.count.dtype == state.clock.dtype == jnp.int32
 
 
 @pytest.mark.parametrize("scaling", _SCALINGS)

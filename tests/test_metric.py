@@ -30,8 +30,8 @@ def _loss(params, batch):
 _BATCH = jnp.ones(8)
 
 
-def _train(tx, num_steps=12, *, hvp=False):
-    probing = dho2.value_grad_and_hvp(_loss)
+def _train(tx, num_steps=12, *, hvp=False, metric=None):
+    probing = dho2.value_grad_and_hvp(_loss, metric=metric)
 
     @jax.jit
     def step(params, state):
@@ -327,6 +327,11 @@ def _whole_leaf_adam():
     return metric_lib.DIAGONAL._replace(elementwise=False)
 
 
+def _own_adam():
+    """Adam's metric as a user would write it."""
+    return metric_lib.DIAGONAL._replace(half=lambda factors, x: jax.tree.map(lambda s, x: s * x, factors, x))
+
+
 @pytest.mark.parametrize("num_devices", [1, 2, 8])
 @pytest.mark.parametrize("name", _FACTORIES)
 @pytest.mark.parametrize("options", [{}, {"base_on_segments": False}, {"whole": True}], ids=str)
@@ -339,7 +344,7 @@ def test_segments_give_what_one_device_gives(name, num_devices, options):
     common = {"rank": 3, "order": 8, "tolerance": 0.0}
     one, _ = _train(_FACTORIES[name](optax.adam(0.01), metric="base", **common), 14, hvp=name == "mr_dho2")
     tx = _FACTORIES[name](optax.adam(0.01), metric=metric, **placed, **common)
-    many, state = _train(tx, 14, hvp=name == "mr_dho2")
+    many, state = _train(tx, 14, hvp=name == "mr_dho2", metric=metric if whole else None)
     np.testing.assert_allclose(helpers.flat(many), helpers.flat(one), rtol=1e-3, atol=1e-4)
     assert int(dho2.metrics(state)["active_pairs"]) == 3
 
@@ -352,16 +357,21 @@ def test_a_metric_of_whole_leaves_needs_the_base_on_whole_leaves():
         tx.init(_PARAMS)
 
 
-@pytest.mark.parametrize("num_training", [1, 2])
-def test_a_curvature_group_works_in_the_metric_of_the_optimizer(num_training):
+@pytest.mark.parametrize(
+    ("num_training", "metric", "base_on_segments"),
+    [(1, "base", True), (2, "base", True), (2, "base", False), (2, _own_adam(), True), (2, _whole_leaf_adam(), False)],
+    ids=["one device", "segments", "whole base", "own metric", "own metric of whole leaves"],
+)
+def test_a_curvature_group_works_in_the_metric_of_the_optimizer(num_training, metric, base_on_segments):
     devices = jax.devices("cpu")
     placed = {"mesh": helpers.make_mesh(num_training), "axis_name": AXIS} if num_training > 1 else {}
-    options = {"rank": 3, "order": 12, "tolerance": 0.0}
-    tx = dho2.dho2(optax.adam(1e-3), rank=3, refresh_interval=None, metric="base", **placed)
+    options = {"rank": 3, "order": 12, "tolerance": 0.0, "metric": None if metric == "base" else metric}
+    placed |= {"base_on_segments": base_on_segments}
+    tx = dho2.dho2(optax.adam(1e-3), rank=3, refresh_interval=None, metric=metric, **placed)
     group = dho2.CurvatureGroup(_loss, devices=devices[-2:], interval=4, deterministic=True, **options)
     group.memory(_PARAMS, _BATCH)  # of a program without a metric, which must not be taken for that of the optimizer
     params, state = _PARAMS, tx.init(_PARAMS)
-    if placed:
+    if num_training > 1:
         replicated = jax.sharding.NamedSharding(placed["mesh"], jax.sharding.PartitionSpec())
         params = jax.device_put(params, replicated)
 
@@ -383,6 +393,25 @@ def test_a_curvature_group_works_in_the_metric_of_the_optimizer(num_training):
     assert np.std(half) > 0.1
     values = np.linalg.eigvalsh(half[:, None] * _MATRIX * half)[::-1][:3]
     np.testing.assert_allclose(state.spectrum.eigenvalues, values, rtol=2e-3)
+
+
+@pytest.mark.parametrize("use", ["group", "product"])
+def test_whoever_has_only_the_state_needs_the_users_metric(use):
+    tx = _FACTORIES["mr_dho2"](optax.adam(1e-3), rank=3, metric=_own_adam())
+    state = tx.init(_PARAMS)
+
+    def go(metric):
+        if use == "product":
+            jax.eval_shape(dho2.value_grad_and_hvp(_loss, metric=metric), _PARAMS, state, _BATCH)
+        else:
+            group = dho2.CurvatureGroup(_loss, devices=jax.devices()[-1:], rank=3, metric=metric)
+            group.advance(state, _PARAMS, _BATCH)
+
+    with pytest.raises(ValueError, match=r"`metric` must be the dho2_optax\.Metric that the optimizer was made with"):
+        go(None)
+    state = _FACTORIES["mr_dho2"](optax.adam(1e-3), rank=3).init(_PARAMS)
+    with pytest.raises(ValueError, match=r"`metric` must be None, since the optimizer reads that of its base"):
+        go(_own_adam())
 
 
 def test_a_second_moment_that_is_not_finite_rejects_the_refresh():

@@ -414,7 +414,7 @@ def test_a_refresh_has_the_masks_of_the_gradient():
     names = _recipe("Dropout")
     key, other = jax.random.split(jax.random.key(5))
     params, state = names["params"], names["state"]
-    due = state._replace(count=jnp.asarray(119, jnp.int32))
+    due = state._replace(count=jnp.int32(119), clock=jnp.int32(119))
     _, state, _ = names["step"](params, due, (names["x"], names["y"], key))
     assert dho2.metrics(state)["age"] == 1
     half = metric.geometry(state.factors, params).half

@@ -433,6 +433,7 @@ def test_memory_of_the_group_falls_with_its_size():
     [
         ({"devices": []}, "`devices`.*non-empty"),
         ({"devices": [0]}, "`devices`"),
+        ({"metric": "base"}, r"`metric` must be None or a dho2_optax\.Metric, got 'base'"),
         ({"interval": 0}, "`interval`.*positive.*0"),
         ({"timeout": 0.0}, "`timeout`.*positive"),
         ({"axis_name": None}, "`axis_name`.*string.*None"),

@@ -653,7 +653,7 @@ def test_probes_at_the_anchor_see_the_parameters_of_the_first_of_the_cycle():
 def test_the_product_is_taken_at_the_anchor_and_the_gradient_at_the_parameters():
     tx = _optimizer(None, probe_at_anchor=True)
     state = jax.jit(_step(tx, _by_soft_hvp))(START, tx.init(START), _INPUTS)[1]
-    state = state._replace(probing=state.probing._replace(due_at=state.count))
+    state = state._replace(probing=state.probing._replace(wait=jnp.zeros_like(state.probing.wait)))
     assert state.probing.process.count == 1
     elsewhere = jax.tree.map(lambda x: jnp.asarray(x + 0.5), START)
     for options, inputs in (({}, _INPUTS), ({"batch_size": 4}, _INPUTS[:4])):

@@ -186,7 +186,9 @@ class DenseOptimizer:
         limit = max(self.numbers["base_scale_limit"], 1)
         if not sizes.size:
             return 1.0
-        tolerable = np.inf if self.published_rule else (3.8 if self.base_momentum else 2) / self.numbers["learning_rate"]
+        tolerable = (
+            np.inf if self.published_rule else (3.8 if self.base_momentum else 2) / self.numbers["learning_rate"]
+        )
         return float(np.clip(min(sizes.max(), tolerable) / max(sizes.min(), self.missed), 1, limit))
 
     def update(self, gradient, alpha):
@@ -275,7 +277,10 @@ def test_trajectories_are_those_of_the_dense_optimizer(numbers):
         ({"select": "algebraic", "num_smallest": 1}, {"select": "algebraic", "num_smallest": 1}),
         ({"rank": 3}, {"rank": 3}),
         ({"subspace": optax.identity()}, {"keep": lambda momentum, coordinates, decay: coordinates}),
-        ({"subspace": optax.trace(0.5)}, {"keep": lambda momentum, coordinates, decay: 0.5 * momentum + coordinates, "subspace_gain": 10}),
+        (
+            {"subspace": optax.trace(0.5)},
+            {"keep": lambda momentum, coordinates, decay: 0.5 * momentum + coordinates, "subspace_gain": 10},
+        ),
     ],
     ids=["algebraic", "algebraic and smallest", "rank", "identity", "heavy ball"],
 )
@@ -1166,7 +1171,7 @@ def test_metrics_and_spectrum_find_the_state_inside_others():
     )
     state = nested.init(START)
     names = {"refreshes", "rejected_refreshes", "matvecs", "age", "active_pairs", "base_scale", "eigenvalue_max"}
-    names |= {"eigenvalue_min", "residual_max", "missed_curvature"}
+    names |= {"eigenvalue_min", "residual_max", "missed_curvature", "pairs_in_null_space", "pairs_with_large_residual"}
     names |= {f"{x}_{i}" for x in ("eigenvalue", "residual") for i in range(2)}
     found = dho2.metrics(state)
     assert set(found) == names
@@ -1190,6 +1195,55 @@ def test_metrics_describe_the_spectrum_in_use():
     assert last["age"] == 2
     rows = flat_rows(dho2.spectrum(trace.state).eigenvectors)
     np.testing.assert_allclose(rows @ rows.T, np.eye(2), atol=1e-5)
+
+
+def _metrics_on(diagonal, **options):
+    """Metrics before and after the first refresh on a diagonal quadratic."""
+    diagonal = jnp.float32(diagonal)
+    tx = dho2.dho2(optax.sgd(1e-3), lambda x, b: 0.5 * jnp.sum(b * x**2), refresh_interval=1, **options)
+    start = jnp.ones_like(diagonal)
+    state = tx.init(start)
+    after = jax.jit(tx.update)(diagonal, state, start, batch=diagonal)[1]
+    return [{name: float(x) for name, x in jax.jit(dho2.metrics)(s).items()} for s in (state, after)]
+
+
+def test_extremes_are_those_of_the_active_pairs_and_nan_before_there_are_any():
+    before, after = _metrics_on([9.0, 7.0, 0.5, 0.4, 0.3], rank=3, order=5, tolerance=0.0)
+    shown = [name for name in before if name.startswith(("eigenvalue", "residual"))]
+    assert len(shown) == 3 + 2 * 3
+    assert all(np.isnan(before[name]) for name in shown)
+    assert (before["pairs_in_null_space"], before["pairs_with_large_residual"]) == (0, 0)
+    assert not any(np.isnan(after[name]) for name in shown)
+    assert after["eigenvalue_max"] == pytest.approx(9.0, rel=1e-4)
+    assert after["eigenvalue_min"] == after["eigenvalue_2"] == pytest.approx(0.5, rel=1e-3)
+    # Of a negative spectrum neither is zero.
+    _, after = _metrics_on([-9.0, -7.0, -0.5], rank=2, order=3)
+    assert (after["eigenvalue_max"], after["eigenvalue_min"]) == pytest.approx((-7.0, -9.0), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("diagonal", "options", "counts"),
+    [
+        ([9.0, 8.0, 7.0, 6.0, 5.0, 4.0], {"rank": 2, "order": 2, "max_residual": 0.0}, (0, 2)),
+        ([0.0] * 6, {"rank": 2, "order": 4}, (2, 0)),
+        ([5.0, 0.0, 0.0, 0.0, 0.0, 0.0], {"rank": 3, "order": 6}, (2, 0)),
+        ([5.0, 3.0], {"rank": 3, "order": 6}, (1, 0)),
+    ],
+    ids=["large residuals", "no curvature", "one direction", "a small space"],
+)
+def test_metrics_say_why_pairs_are_not_active(diagonal, options, counts):
+    _, after = _metrics_on(diagonal, **options)
+    assert (after["pairs_in_null_space"], after["pairs_with_large_residual"]) == counts
+    assert after["active_pairs"] == options["rank"] - sum(counts)
+    assert np.isnan(after["eigenvalue_max"]) == np.isnan(after["eigenvalue_min"]) == (after["active_pairs"] == 0)
+    # The Ritz values of the others stay, as estimates.
+    assert not np.isnan(after[f"eigenvalue_{options['rank'] - 1}"])
+
+
+def test_rejected_refreshes_leave_no_eigenvalues_to_be_plotted():
+    _, after = _metrics_on([9.0, np.nan, 1.0], rank=1, order=2)
+    assert (after["refreshes"], after["rejected_refreshes"], after["pairs_with_large_residual"]) == (0, 1, 0)
+    assert np.isnan(after["eigenvalue_0"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,98 @@
+"""Checks of the arguments of constructors: nonsense is a ValueError that names the argument and what is allowed."""
+
+import math
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+STATIC_HINT = "(With `optax.inject_hyperparams`, name it in `static_args`.)"
+_INT32_MAX = 2**31 - 1
+
+Allowed = Literal["positive", "non-negative", "at least 1", "in [0, 1)"]
+_HOLDS = {
+    "positive": lambda x: x > 0,
+    "non-negative": lambda x: x >= 0,
+    "at least 1": lambda x: x >= 1,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+}
+
+
+def is_int(value: Any) -> bool:
+    """Whether `value` is an int of Python or NumPy; a bool is none here."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def known(value: Any) -> int | float | None:
+    """The number that `value` is, if it is one of Python or NumPy; None for others, arrays of JAX among them."""
+    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def check_numbers(
+    allowed: Allowed,
+    *,
+    whole: bool = False,
+    infinite: bool = False,
+    optional: bool = False,
+    schedule: bool = False,
+    **values: Any,
+) -> None:
+    """Checks numbers; scalar arrays of JAX, traced or not, pass unseen.
+
+    Args:
+      allowed: which numbers are.
+      whole: whether only whole numbers are; a float such as 50.0 is one.
+      infinite: whether infinity is.
+      optional: whether None is.
+      schedule: whether functions are.
+      **values: the arguments, by name.
+
+    Raises:
+      ValueError: for the first that is not allowed.
+
+    Example:
+      >>> check_numbers("positive", whole=True, interval=50.0)
+      >>> check_numbers("positive", whole=True, interval=0.5)
+      Traceback (most recent call last):
+      ValueError: `interval` must be a positive integer below 2**31, got 0.5.
+    """
+    for name, value in values.items():
+        if (value is None and optional) or (schedule and callable(value)):
+            continue
+        if isinstance(value, jax.Array) and value.shape == () and value.dtype != bool:
+            continue
+        number = known(value)
+        if number is None:
+            others = ", a schedule" * schedule + " or None" * optional
+            raise ValueError(f"`{name}` must be a number{others}, got {value!r}.")
+        if not _HOLDS[allowed](number):
+            raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+        if not whole and math.isinf(number) and not infinite:
+            raise ValueError(f"`{name}` must be finite, got {value!r}.")
+        if whole and not (number <= _INT32_MAX and number == int(number)):
+            raise ValueError(f"`{name}` must be a {allowed} integer below 2**31, got {value!r}.")
+
+
+def check_sizes(**values: Any) -> None:
+    """Raises ValueError for what is neither a positive Python int nor None."""
+    for name, value in values.items():
+        if value is not None and not is_int(value):
+            raise ValueError(f"`{name}` must be a Python int or None, got {value!r}.")
+        if value is not None and value <= 0:
+            raise ValueError(f"`{name}` must be positive, got {value!r}.")
+
+
+def check_functions(*, optional: bool = False, **values: Any) -> None:
+    """Raises ValueError for what is not callable; None is let pass where it is `optional`."""
+    for name, value in values.items():
+        if not callable(value) and not (value is None and optional):
+            raise ValueError(f"`{name}` must be callable, got {value!r}. {STATIC_HINT}")
+
+
+def check_transformations(**values: Any) -> None:
+    """Raises ValueError for what is no optax transformation."""
+    for name, value in values.items():
+        if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+            raise ValueError(f"`{name}` must be an optax.GradientTransformation, got {value!r}.")
