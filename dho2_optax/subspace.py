@@ -160,7 +160,7 @@ class Bounds(NamedTuple):
     r"""What bounds a hybrid by its base, so that no batch does more harm than to the base alone.
 
     A base such as Adam bounds its own step whatever the gradient, and the Newton step is linear in it. So a gradient of
-    more than four times the usual length is the base's: the update is the base's own, until a momentum has forgotten it.
+    more than four times the usual length is the base's: so is the update, until a momentum has forgotten it.
 
     And whatever eigenvalue a batch has led to, the Newton step goes no further along its vector than the base would go
     by itself along a gradient that lasts: eigenvalues count as at least `least`, :math:`\alpha / \eta`, with
