@@ -170,7 +170,11 @@ def extend(
     size = sum(jnp.sum(jnp.abs(x.astype(number))) for x in jax.tree.leaves(product))
     local = jnp.stack([vectors.dot(vector, product), jnp.asarray(size, number), vectors.dot(live, live)])
     alpha, size, square = local if axis_name is None else lax.psum(local, axis_name)
-    lost = ~jnp.isfinite(alpha + size) | (size > 0) & (jnp.maximum(size, state.scale) < limits.tiny / limits.eps)
+    # Numbers near the ends of the dtype's range, and a jump that no operator makes between two products, which is an
+    # overflow on its way, count as not finite.
+    ends = limits.tiny / limits.eps, limits.max * jnp.sqrt(limits.eps)
+    lost = ~jnp.isfinite(alpha) | ~(size < ends[1]) | (size > 0) & (jnp.maximum(size, state.scale) < ends[0])
+    lost = lost | (state.scale > 0) & (limits.eps**2 * size > state.scale)
     # A M q = A q with M the projection on the coordinates that are not dead: M q / |M q| takes the place of q.
     shrinks = confine & (j == 0) & ~lost & (square > 0)
     shrink = jnp.where(shrinks, lax.rsqrt(jnp.where(shrinks, square, 1)), 1)
@@ -277,6 +281,7 @@ def run(
     is_done: Callable[[RitzPairs], jax.Array],
     min_matvecs: int,
     axis_name: str | None = None,
+    confine: bool = True,
 ) -> LanczosState:
     """Extends the process until `is_done`, the end of the basis, or a product that is not finite.
 
@@ -288,6 +293,7 @@ def run(
         taken since the start or the last breakdown (the copies of a multiple eigenvalue are found one by one).
       min_matvecs: see `is_done`.
       axis_name: the axis the segments are split over.
+      confine: see :func:`extend`.
     """
     order = state.projected.shape[0]
 
@@ -296,7 +302,7 @@ def run(
         return (state.count < order) & ~done & ~state.exhausted & jnp.isfinite(state.beta)
 
     def advance(carry: tuple[LanczosState, jax.Array]) -> tuple[LanczosState, jax.Array]:
-        state = extend(carry[0], matvec(carry[0].vector), like, axis_name)
+        state = extend(carry[0], matvec(carry[0].vector), like, axis_name, confine=confine)
         due = (state.count % CHECK_EVERY == 0) & (state.count - state.restart >= min_matvecs)
         # The branch sees the small fields of the state only.
         done = lax.cond(due, lambda: is_done(ritz(state)), lambda: jnp.zeros((), bool))

@@ -344,7 +344,7 @@ def test_a_restart_forgets_a_product_that_was_not_finite():
     assert krylov.is_finite(state)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38, 1e30])
 def test_is_finite_until_a_product_is_not_or_its_norm_cannot_be_had(bad):
     matrix = symmetric(_SPECTRA["outliers"]).astype(np.float32)
     state = _begin(_random(1))
@@ -381,8 +381,9 @@ def test_a_product_that_is_nothing_beside_those_before_is_a_breakdown():
     assert (after.restart, after.beta) == (2, 0)
 
 
-def test_a_first_product_too_small_for_float32_is_not_finite():
-    state = _extend(np.eye(_N, dtype=np.float32) * np.float32(1e-35), _begin(_random(1)))
+@pytest.mark.parametrize("scale", [1e-35, 1e36])
+def test_a_first_product_at_the_end_of_the_range_of_float32_is_not_finite(scale):
+    state = _extend(np.eye(_N, dtype=np.float32) * np.float32(scale), _begin(_random(1)))
     assert not krylov.is_finite(state)
 
 
