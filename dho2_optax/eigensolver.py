@@ -13,6 +13,8 @@ from dho2_optax.vectors import Stack, Vector
 
 Select = Literal["magnitude", "algebraic"]
 _SELECTIONS = ("magnitude", "algebraic")
+_MISSED = 0.01  # an eigenvector is missed with no more than about this probability
+_PENDING = 6  # products that a direction left out is followed for before the next
 _START_NOISE = 0.1  # share of noise in a warm start, relative to the old Ritz vectors
 
 
@@ -128,10 +130,15 @@ def publish(
     Pairs that are not :func:`usable` are masked out.
     """
     pairs = krylov.ritz(state)
-    index, exists = selected(pairs, rank, num_smallest, select)
+    index, mask = usable(pairs, rank, num_smallest, select, max_residual, drop_null=drop_null, partial=partial)
+    exists = selected(pairs, rank, num_smallest, select)[1]
+    return _spectrum(state, pairs, index, exists, mask)
+
+
+def _spectrum(state: LanczosState, pairs: RitzPairs, index: jax.Array, exists: jax.Array, mask: jax.Array) -> Spectrum:
+    """The pairs at `index`, with the vectors of those in `mask`."""
     eigenvalues = jnp.where(exists, pairs.values[index], 0)
     residuals = jnp.where(exists, pairs.residuals[index], 0)
-    mask = usable(pairs, rank, num_smallest, select, max_residual, drop_null=drop_null, partial=partial)[1]
     coefficients = pairs.coefficients[:, index].T
     # Of the two signs the one that points along the start vector: a warm start adds the vectors up, and must not
     # depend on how rounding turned them.
@@ -166,13 +173,113 @@ def warm_start(spectrum: Spectrum, noise: Vector, carry: Callable[[Vector], Vect
     return jax.tree.map(lambda o, x: o.astype(x.dtype) + _START_NOISE * x, old, noise)
 
 
+class _Search(NamedTuple):
+    """A Lanczos process in sweeps, each from a vector orthogonal to all rows of those before.
+
+    Sweeps begin at random vectors. One that ends before its space is invariant leaves a direction out, which may be all
+    that a pair lacks; then another sweep begins there.
+    """
+
+    process: LanczosState
+    sweep: jax.Array  # shape=(), dtype=int32: the first row of the sweep that took the last product
+    is_random: jax.Array  # shape=(), dtype=bool: that sweep began at a random vector
+    left: jax.Array  # shape=(order,): norm of what the product of a row adds to the space and no later row holds
+    pending: Vector  # the direction that the last sweep left out
+    owner: jax.Array  # shape=(), dtype=int32: the row whose product has it
+    renew: jax.Array  # shape=(), dtype=int32: what a new sweep begins with next, one of the numbers below
+    done: jax.Array  # shape=(), dtype=bool
+
+
+_GO_ON, _AT_RANDOM, _AT_PENDING = 0, 1, 2
+
+
+class _Findings(NamedTuple):
+    """What a search knows of the wanted pairs."""
+
+    pairs: RitzPairs
+    index: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # shape=(k,), dtype=int32
+    exists: jax.Array  # shape=(k,), dtype=bool
+    certain: jax.Array  # shape=(k,), dtype=bool: converged, and nothing is missing before them
+    renew: jax.Array  # shape=(), dtype=int32: see `_Search`
+
+
+def _findings(
+    search: _Search,
+    rank: int,
+    num_smallest: int,
+    select: Select,
+    tolerance: jax.typing.ArrayLike,
+    size: int,
+) -> _Findings:
+    r"""Which of the wanted pairs have converged, and are certain of their place.
+
+    What may be missing are eigenvectors orthogonal to the whole basis, as copies of a multiple eigenvalue are. The last
+    sweep was a Lanczos process of :math:`m` products on that complement, from a random vector :math:`r`. Let its
+    largest Ritz value be :math:`\mu` and all lie above :math:`\alpha`. An eigenvector :math:`v` of the complement with
+    an eigenvalue of at least :math:`\tau > \mu` would have made :math:`\mu` larger, unless
+
+    .. math::
+        |\langle r, v \rangle| \le \sqrt{\frac{\mu - \alpha}{\tau - \mu}} \Big/ T_{m-1}(\gamma),
+        \qquad \gamma = 1 + 2 \frac{\tau - \mu}{\mu - \alpha}
+
+    with :math:`T` the Chebyshev polynomial (the Rayleigh quotient of :math:`T_{m-1}(A) r`, scaled to
+    :math:`[\alpha, \mu]`, is no larger than :math:`\mu`). For a random :math:`r` in :math:`n` dimensions that has a
+    probability of about :math:`0.8 \sqrt{n}` times the right hand side. A vector that is not
+    random proves nothing.
+    """
+    process = search.process
+    pairs = krylov.ritz(process, left=search.left)
+    index, exists = selected(pairs, rank, num_smallest, select)
+    values = jnp.where(exists, pairs.values[index], 0)
+    largest = jnp.max(jnp.abs(values))
+    converged = exists & (pairs.residuals[index] <= tolerance * largest)
+    # Eigenvalues that differ by less are equal.
+    slack = (2 * tolerance + 16 * jnp.finfo(values.dtype).eps) * largest
+    unsettled = (jnp.arange(pairs.values.size) < pairs.num_valid) & (pairs.residuals > tolerance * largest)
+
+    last = krylov.ritz(process, search.sweep)
+    in_sweep = jnp.arange(last.values.size) < last.num_valid
+    whole = (process.restart == process.count) & (process.beta == 0)  # the sweep has run into a breakdown
+
+    def beyond(sign: int, places: jax.Array) -> tuple[jax.Array, ...]:
+        """Of `places`: whether nothing is hidden beyond them, and whether all that reaches there has converged.
+
+        Of the last sweep: whether its extreme pair belongs among them, and whether it has converged.
+        """
+        edge = places + slack
+        top = jnp.max(jnp.where(in_sweep, sign * last.values, -jnp.inf))
+        width = top - jnp.min(jnp.where(in_sweep, sign * last.values - last.residuals, jnp.inf))
+        gap = jnp.maximum(edge - top, 0)
+        ratio = width / jnp.where(gap > 0, gap, 1)
+        growth = jnp.arccosh(1 + 2 / jnp.where(ratio > 0, ratio, 1))
+        chance = jnp.sqrt(size * ratio) * 2 * jnp.exp(-(last.num_valid - 1) * growth)
+        none_hidden = jnp.where(whole, top <= edge, (gap > 0) & (chance <= _MISSED))
+        reach = jnp.max(jnp.where(unsettled, sign * pairs.values + pairs.residuals, -jnp.inf))
+        certain = none_hidden & search.is_random | process.exhausted
+        extreme = jnp.max(jnp.where(in_sweep & (sign * last.values >= top), last.residuals, 0))
+        return certain, reach <= edge, top >= places - slack, jnp.atleast_1d(extreme <= tolerance * largest)
+
+    if select == "magnitude":
+        sides = [beyond(sign, jnp.abs(values)) for sign in (1, -1)]
+        none_hidden, reached = (sides[0][i] & sides[1][i] for i in (0, 1))
+    else:
+        sides = [beyond(-1, -values[:num_smallest]), beyond(1, values[num_smallest:])]
+        none_hidden, reached = (jnp.concatenate([side[i] for side in sides]) for i in (0, 1))
+    found, settled = (jnp.any(jnp.concatenate([side[i] for side in sides])) for i in (2, 3))
+    sound = jnp.all(converged & reached)
+    stuck = ~sound & jnp.where(search.is_random, settled, last.num_valid >= _PENDING) & (search.owner >= 0)
+    renew = jnp.where(sound & (found | ~search.is_random), _AT_RANDOM, jnp.where(stuck, _AT_PENDING, _GO_ON))
+    renew = jnp.where(process.restart < process.count, renew, _GO_ON)
+    return _Findings(pairs, index, exists, converged & reached & none_hidden, renew)
+
+
 def lanczos(
     matvec: Callable[[Vector], Vector],
     like: Vector,
     *,
     rank: int,
     order: int | None = None,
-    tolerance: jax.typing.ArrayLike = 5e-6,
+    tolerance: jax.typing.ArrayLike | None = None,
     select: Select = "magnitude",
     num_smallest: int = 0,
     key: jax.Array | None = None,
@@ -181,22 +288,35 @@ def lanczos(
 ) -> Spectrum:
     r"""Extreme eigenpairs of a symmetric operator on pytrees, by Lanczos with full reorthogonalisation.
 
-    Builds an orthonormal basis :math:`Q` of the Krylov space of the operator :math:`A` and returns the
+    Builds an orthonormal basis :math:`Q` of Krylov spaces of the operator :math:`A` and returns the
     Rayleigh-Ritz pairs of :math:`Q A Q^\top` of largest magnitude (or algebraically largest). Stops as soon as all
-    wanted pairs satisfy :math:`\|A v_i - \lambda_i v_i\| \le` ``tolerance`` :math:`\cdot |\lambda|_{\max}`.
-    Runs in float32 unless a leaf is float64, under ``jit`` or not.
+    wanted pairs satisfy :math:`\|A v_i - \lambda_i v_i\| \le` ``tolerance`` :math:`\cdot |\lambda|_{\max}` and are
+    certain of their place. Runs in float32 unless a leaf is float64, under ``jit`` or not.
+
+    A Krylov space holds one eigenvector of a multiple eigenvalue and no other copy. So once the wanted pairs have
+    converged, another sweep starts from a random vector orthogonal to the whole basis, and so on until a sweep finds
+    nothing that belongs among them. A pair is usable if it has converged and nothing can be missing before it. That is
+    proven where the basis spans the whole space, and else probable: an eigenvector stays hidden if the random vector of
+    the last sweep has next to no part along it, which happens about once in a hundred times at most. The last sweep
+    takes some five products where the spectrum falls off behind the wanted pairs, and more where it hardly does.
+    Eigenvalues that differ by less than about twice the tolerance count as equal.
 
     Args:
       matvec: the operator, linear and symmetric, from a pytree shaped like `like` to another.
       like: a pytree of arrays that gives the shapes and dtypes of a vector; its values are not used.
       rank: how many eigenpairs.
-      order: the largest number of matvecs, and of basis vectors kept. Default: ``4 * (rank + num_smallest)``.
-        A spectrum with small gaps needs more.
+      order: the largest number of matvecs, and of basis vectors kept. Default: ``4 * (rank + num_smallest) + 8``.
+        A spectrum with small gaps needs more, and so does one with multiple eigenvalues. Where it does not suffice to
+        be certain, pairs are masked out.
       tolerance: largest relative residual; pairs above it are masked out, with their Ritz value and residual kept.
+        Default: 5e-6, or four rounding errors of the shortest dtype in `like` if that is more (0.004 for float16, 0.03
+        for bfloat16).
       select: ``"magnitude"`` or ``"algebraic"`` (the largest, preceded by `num_smallest` smallest).
       num_smallest: with ``select="algebraic"``, how many of the smallest eigenvalues.
       key: a random key for the start vector. Default: a fixed one.
-      start: a start vector, instead of a random one.
+      start: a start vector, instead of a random one. With a random one and ``select="magnitude"`` eigenvectors are
+        exactly zero at coordinates whose row of the operator is zero; the zero eigenvalues that belong to these alone
+        are not among the pairs.
       axis_name: a mesh axis over which the basis is split, inside ``shard_map`` or ``pmap``. Then `matvec` takes and
         returns whole vectors that are the same on every device, and the eigenvectors come in segment form.
 
@@ -204,7 +324,8 @@ def lanczos(
       A :class:`Spectrum`, with eigenvectors of float32 or float64 stacked on a leading axis.
 
     Raises:
-      ValueError: if `rank`, `order`, `select` or `num_smallest` is out of range, or `like` has no numbers.
+      ValueError: if `rank`, `order`, `select` or `num_smallest` is out of range, or `like` has no numbers or
+        leaves that are not real floating-point numbers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -217,27 +338,100 @@ def lanczos(
       Golub and Van Loan, *Matrix Computations*, chapter 10; FOSI, arXiv 2302.08484, algorithm 1.
     """
     check_selection(rank, num_smallest, order, select)
-    arguments.check_numbers("non-negative", tolerance=tolerance)
+    if tolerance is not None:
+        arguments.check_numbers("non-negative", tolerance=tolerance)
     segments.check_bound(axis_name)
     like = vectors.as_arrays(like)
-    size = sum(leaf.size for leaf in jax.tree.leaves(like))
+    leaves = jax.tree.leaves(like)
+    size = sum(leaf.size for leaf in leaves)
     if size == 0:
         raise ValueError("`like` must hold at least one number, got an empty pytree.")
+    for leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"`like` must hold floating-point leaves only, got one of dtype {leaf.dtype}.")
     num_pairs = rank + num_smallest
-    order = 4 * num_pairs if order is None else order
+    order = 4 * num_pairs + 8 if order is None else order
+    if tolerance is None:
+        tolerance = max(5e-6, *(4 * float(jnp.finfo(leaf.dtype).eps) for leaf in leaves))
     seed = jnp.uint32(0) if key is None else jax.random.bits(key)
-    first = krylov.random_vector(seed, like, axis_name) if start is None else segments.split(start, axis_name)
+    if start is None:
+        first = krylov.random_vector(seed, like, axis_name)
+    else:
+        start = jax.tree.map(lambda x: x.astype(vectors.at_least_float32(x.dtype)), start)
+        peak = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(start)]))
+        first = segments.split(vectors.scale(1 / peak, start), axis_name)
 
     def segment_matvec(segment: Vector) -> Vector:
         vector = segments.gather(vectors.cast_like(segment, like), like, axis_name)
-        return segments.split(matvec(vector), axis_name)
+        return vectors.cast_like(segments.split(matvec(vector), axis_name), segment)
 
-    state = krylov.run(
-        segment_matvec,
-        krylov.start(first, order, seed=seed, axis_name=axis_name),
-        like,
-        is_done=converged(rank, num_smallest, select, tolerance),
-        min_matvecs=num_pairs + 1,
-        axis_name=axis_name,
+    def findings(search: _Search) -> _Findings:
+        return _findings(search, rank, num_smallest, select, tolerance, size)
+
+    def unfinished(search: _Search) -> jax.Array:
+        process = search.process
+        return (process.count < order) & ~search.done & ~process.exhausted & jnp.isfinite(process.beta)
+
+    def advance(search: _Search) -> _Search:
+        old = search.process
+        row, begins = old.count, search.renew > 0
+
+        def start_vector(vector: Vector, pending: Vector) -> Vector:
+            # Zero is a breakdown, which a random vector follows.
+            factor = jnp.where(search.renew == _AT_PENDING, old.scale, 0)
+            return vectors.cast_like(vectors.scale(factor, pending), vector)
+
+        product = jax.lax.cond(begins, start_vector, lambda v, _: segment_matvec(v), old.vector, search.pending)
+        # A sweep that ended before its space was invariant is coupled to the next ones. The coefficients are part of
+        # the projected matrix; without them a sweep is a Lanczos process by itself.
+        earlier = (jnp.arange(order) < old.restart) & ~begins
+        coupling = jnp.where(earlier, vectors.dots(old.basis, product, axis_name), 0)
+        product = vectors.subtract(product, vectors.combine(coupling, old.basis))
+        before = old._replace(count=row - begins.astype(jnp.int32))
+        process = krylov.extend(before, product, like, axis_name, confine=confine)
+        coupled = process.projected.at[:, row].add(coupling).at[row].add(coupling)
+        process = process._replace(
+            projected=jnp.where(begins, old.projected.at[row, row - 1].set(0), coupled),
+            beta=jnp.where(begins, 0, process.beta),
+            restart=jnp.where(begins, row, process.restart),
+        )
+        held = jnp.where(search.left > 0, coupling / jnp.where(search.left > 0, search.left, 1), 0)
+        left = search.left * jnp.sqrt(jnp.maximum(1 - held**2, 0))
+        left = jnp.where((search.renew == _AT_PENDING) & (jnp.arange(order) == search.owner), 0, left)
+        left = jnp.where(begins & (jnp.arange(order) == row - 1), old.beta, left)
+        now = search._replace(
+            process=process,
+            sweep=jnp.where(begins, row, old.restart),
+            is_random=jnp.where(
+                begins, search.renew == _AT_RANDOM, search.is_random | ((old.restart == row) & (search.sweep < row))
+            ),
+            left=jnp.where(process.exhausted, 0, left),
+            pending=jax.tree.map(lambda new, kept: jnp.where(begins, new, kept), old.vector, search.pending),
+            owner=jnp.where(begins, row - 1, search.owner),
+        )
+
+        def look(small: _Search) -> tuple[jax.Array, jax.Array]:
+            found = findings(small)
+            return found.renew.astype(jnp.int32), jnp.all(found.certain)
+
+        due = ~begins & ((process.count % krylov.CHECK_EVERY == 0) | (process.restart > 0))
+        small = now._replace(process=process._replace(basis=()), pending=())
+        renew, done = jax.lax.cond(due, look, lambda _: (jnp.zeros((), jnp.int32), jnp.zeros((), bool)), small)
+        return now._replace(renew=renew, done=done)
+
+    # A vector that is given may have zeros of its own, and an eigenvalue of zero may be one of the largest.
+    confine = start is None and select == "magnitude"
+    process = krylov.start(first, order, seed=seed, axis_name=axis_name)
+    search = _Search(
+        process=process,
+        sweep=jnp.zeros((), jnp.int32),
+        is_random=jnp.asarray(start is None),
+        left=jnp.zeros(order, process.beta.dtype),
+        pending=process.vector,
+        owner=jnp.full((), -1, jnp.int32),
+        renew=jnp.zeros((), jnp.int32),
+        done=jnp.zeros((), bool),
     )
-    return publish(state, rank, num_smallest, select, tolerance)
+    search = jax.lax.while_loop(unfinished, advance, search)
+    found = findings(search)
+    return _spectrum(search.process, found.pairs, found.index, found.exists, found.certain)

@@ -11,7 +11,7 @@ float64 is needed. Where the basis fills a good part of the space a further pass
 Gragg, Kaufman, Stewart, Math. Comp. 30 (1976)).
 
 Vectors are pytrees, possibly in segment form over `axis_name`. A matvec then adds four ``psum``s of at most
-``order + 1`` numbers.
+``order + 2`` numbers.
 """
 
 from collections.abc import Callable
@@ -124,24 +124,31 @@ def is_finite(state: LanczosState) -> jax.Array:
 
 
 def _project_out(
-    basis: Stack, last: jax.Array, w: Vector, axis_name: str | None
+    basis: Stack, j: jax.Array, vector: Vector, w: Vector, axis_name: str | None
 ) -> tuple[Vector, jax.Array, jax.Array]:
     """One classical Gram-Schmidt pass: ``w - Q'Qw``, the coefficients ``Qw``, and the norms before and after.
 
-    With :math:`Q` the rows up to and with `last`.
+    With :math:`Q` the rows of the basis before `j`, and `vector` as row `j`.
     """
-    local = jnp.append(vectors.dots(basis, w), vectors.dot(w, w))
+    local = jnp.append(vectors.dots(basis, w), jnp.stack([vectors.dot(vector, w), vectors.dot(w, w)]))
     sums = local if axis_name is None else lax.psum(local, axis_name)
-    norm_before = jnp.sqrt(sums[-1])
-    coefficients = jnp.where(jnp.arange(sums.size - 1) <= last, sums[:-1], 0)
-    w = vectors.subtract(w, vectors.combine(coefficients, basis))
-    return w, coefficients, jnp.stack([norm_before, vectors.norm(w, axis_name)])
+    before, along, norm_before = jnp.where(jnp.arange(sums.size - 2) < j, sums[:-2], 0), sums[-2], jnp.sqrt(sums[-1])
+    seen = vectors.combine(before, basis)
+    w = jax.tree.map(lambda x, s, q: x - s.astype(x.dtype) - along.astype(x.dtype) * q.astype(x.dtype), w, seen, vector)
+    return w, before.at[j].set(along), jnp.stack([norm_before, vectors.norm(w, axis_name)])
 
 
-def extend(state: LanczosState, product: Vector, like: Vector, axis_name: str | None = None) -> LanczosState:
+def extend(
+    state: LanczosState,
+    product: Vector,
+    like: Vector,
+    axis_name: str | None = None,
+    *,
+    confine: bool = True,
+) -> LanczosState:
     """Takes ``product = A state.vector`` in and finds the next vector.
 
-    The basis is written once, with a value that depends on everything that reads it, and no conditional reads it: else
+    The basis is written once, with values that depend on everything that reads it, and no conditional reads it: else
     the compiler would copy it, at the cost of several passes.
 
     Args:
@@ -149,54 +156,81 @@ def extend(state: LanczosState, product: Vector, like: Vector, axis_name: str | 
       product: the operator applied to ``state.vector``, in segment form.
       like: a whole vector, for the shapes of the random vector that follows a breakdown.
       axis_name: the axis the segments are split over.
+      confine: take the coordinates in which the first product is exactly zero out of the start vector and of all random
+        vectors. The operator does nothing there, if the start vector has random parts everywhere: the rows of its
+        matrix, and so its columns, are zero, and so are its eigenvectors there, unless their eigenvalue is zero.
     """
     j = state.count
-    basis, vector = state.basis, state.vector
-    w = vectors.cast_like(product, vector)
-    epsilon = jnp.finfo(state.beta.dtype).eps
+    vector = state.vector
+    number = state.beta.dtype
+    limits = jnp.finfo(number)
 
-    # The first pass, by the three-term recurrence: w - alpha_j q_j - beta_{j-1} q_{j-1}.
-    alpha, square = _two_dots(vector, w, axis_name)
+    # The sum of magnitudes is the unit of the product: unlike a square it neither over- nor underflows.
+    live = jax.tree.map(lambda x, q: jnp.where(x != 0, q, 0), product, vector)
+    size = sum(jnp.sum(jnp.abs(x.astype(number))) for x in jax.tree.leaves(product))
+    local = jnp.stack([vectors.dot(vector, product), jnp.asarray(size, number), vectors.dot(live, live)])
+    alpha, size, square = local if axis_name is None else lax.psum(local, axis_name)
+    # Numbers near the ends of the dtype's range, and a jump that no operator makes between two products, which is an
+    # overflow on its way, count as not finite.
+    ends = limits.tiny / limits.eps, limits.max * jnp.sqrt(limits.eps)
+    lost = ~jnp.isfinite(alpha) | ~(size < ends[1]) | (size > 0) & (jnp.maximum(size, state.scale) < ends[0])
+    lost = lost | (state.scale > 0) & (limits.eps**2 * size > state.scale)
+    # A M q = A q with M the projection on the coordinates that are not dead: M q / |M q| takes the place of q.
+    shrinks = confine & (j == 0) & ~lost & (square > 0)
+    shrink = jnp.where(shrinks, lax.rsqrt(jnp.where(shrinks, square, 1)), 1)
+    alpha, unit = alpha * shrink**2, size * shrink
+    vector = jax.tree.map(lambda x, q: jnp.where(shrinks, shrink.astype(q.dtype) * x, q), live, vector)
+    basis, previous = state.basis, vectors.row(state.basis, jnp.maximum(j - 1, 0))
+
+    # The first pass, by the three-term recurrence, in that unit: w - alpha_j q_j - beta_{j-1} q_{j-1}.
     beta_before = jnp.where(j > 0, state.projected[j, j - 1], 0)
-    previous = vectors.row(basis, jnp.maximum(j - 1, 0))
-    w = jax.tree.map(
-        lambda x, q, p: x - alpha.astype(x.dtype) * q - beta_before.astype(x.dtype) * p,
-        w,
-        vector,
-        previous,
-    )
-    # A square that under- or overflows says nothing of the norm: such a product counts as not finite.
-    limits = jnp.finfo(square.dtype)
-    lost = ~jnp.isfinite(square) | (square < limits.tiny / limits.eps) & (alpha != 0)
-    scale = jnp.maximum(state.scale, jnp.where(lost, jnp.nan, jnp.sqrt(square)))
+    inverse_size, inverse_unit = (jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0) for x in (size, unit))
+    a, b = alpha * inverse_unit, beta_before * inverse_unit
+
+    def subtract(x: jax.Array, q: jax.Array, p: jax.Array) -> jax.Array:
+        x, q, p = (leaf.astype(number) for leaf in (x, q, p))
+        return inverse_size * x - a * q - b * p
+
+    w = jax.tree.map(subtract, product, vector, previous)
+    w = vectors.cast_like(w, vector)
+    added = vectors.norm(w, axis_name)
+    scale = jnp.maximum(state.scale, jnp.where(lost, jnp.nan, unit * jnp.sqrt(added**2 + a**2 + b**2)))
 
     # Breakdown: the basis spans an invariant subspace. Go on from a random vector.
-    breakdown = vectors.norm(w, axis_name) <= _BREAKDOWN * epsilon * scale
-    w = lax.cond(
-        breakdown,
-        lambda w: vectors.cast_like(random_vector(state.seed + j.astype(jnp.uint32) + 1, like, axis_name), w),
-        lambda w: w,
-        w,
-    )
+    breakdown = unit * added <= _BREAKDOWN * limits.eps * scale
+    first = jax.tree.map(lambda s, q: jnp.where(j > 0, s, q), vectors.row(basis, 0), vector)
+
+    def fresh(w: Vector) -> Vector:
+        random = vectors.cast_like(random_vector(state.seed + j.astype(jnp.uint32) + 1, like, axis_name), w)
+        return jax.tree.map(lambda x, q: jnp.where(q != 0, x, 0), random, first) if confine else random
+
+    w = lax.cond(breakdown, fresh, lambda w: w, w)
 
     # The second pass, against the whole basis.
-    w, column, (norm_before, norm) = _project_out(basis, j, w, axis_name)
+    w, column, (norm_before, norm) = _project_out(basis, j, vector, w, axis_name)
     if _FILLS * state.projected.shape[0] > sum(leaf.size for leaf in jax.tree.leaves(like)):
         # In a small space little of a vector is left; what is must be orthogonalised again.
-        w, more, (_, norm) = _project_out(basis, j, w, axis_name)
+        w, more, (_, norm) = _project_out(basis, j, vector, w, axis_name)
         column = column + more
-    exhausted = norm <= jnp.sqrt(epsilon) * norm_before
-    beta = jnp.where(lost, jnp.nan, jnp.where(breakdown | exhausted, 0, norm))
+    exhausted = norm <= jnp.sqrt(limits.eps) * norm_before
+    beta = jnp.where(lost, jnp.nan, jnp.where(breakdown | exhausted, 0, unit * norm))
     usable = ~exhausted & ~lost & jnp.isfinite(norm)
     inverse = jnp.where(usable, 1 / jnp.where(usable, norm, 1), 0)
     new_vector = jax.tree.map(lambda x: jnp.where(usable, inverse.astype(x.dtype) * x, 0), w)
 
-    # After the last product there is no row for the new vector; the one before is written again.
-    last = j + 1 >= state.projected.shape[0]
-    row = jax.tree.map(lambda new, old: jnp.where(last, old, new), new_vector, vector)
-    basis = vectors.set_row(basis, jnp.where(last, j, j + 1), row)
+    # Two rows are written, the vector and the next one. After the last product there is no row for that.
+    order = state.projected.shape[0]
+    last = j + 1 >= order
 
-    column = jnp.where(breakdown, 0, column).at[j].add(alpha).at[j - 1].add(beta_before)
+    def write(s: jax.Array, p: jax.Array, q: jax.Array, n: jax.Array) -> jax.Array:
+        # Not a concatenation, which is slow on CPU.
+        is_first = lax.broadcasted_iota(jnp.int32, (min(order, 2), *q.shape), 0) == 0
+        rows = jnp.where(is_first, jnp.where(last, p, q), jnp.where(last, q, n)) if order > 1 else q[None]
+        return lax.dynamic_update_slice_in_dim(s, rows.astype(s.dtype), jnp.where(last, j - 1, j), 0)
+
+    basis = jax.tree.map(write, basis, previous, vector, new_vector)
+
+    column = jnp.where(breakdown, 0, unit * column).at[j].add(alpha).at[j - 1].add(beta_before)
     return LanczosState(
         basis=basis,
         projected=state.projected.at[:, j].add(column).at[j + 1, j].set(beta, mode="drop"),
@@ -209,25 +243,23 @@ def extend(state: LanczosState, product: Vector, like: Vector, axis_name: str | 
     )
 
 
-def _two_dots(x: Vector, w: Vector, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
-    """``<x, w>`` and ``<w, w>`` in one reduction."""
-    pair = jnp.stack([vectors.dot(x, w), vectors.dot(w, w)])
-    pair = pair if axis_name is None else lax.psum(pair, axis_name)
-    return pair[0], pair[1]
-
-
-def ritz(state: LanczosState) -> RitzPairs:
-    r"""The Rayleigh-Ritz pairs of the space built so far.
+def ritz(state: LanczosState, first: jax.typing.ArrayLike = 0, left: jax.typing.ArrayLike = 0.0) -> RitzPairs:
+    r"""The Rayleigh-Ritz pairs of the space built so far, or of what the rows of the basis from `first` on span.
 
     With :math:`W = Q^\top T + \beta\, q_{j+1} e_j^\top` the products of all rows of the basis, the residual of the pair
     :math:`(\theta_i, y_i)`, :math:`y_i = Q^\top s_i`, is
     :math:`\|W s_i - \theta_i y_i\|^2 = \|(T - T^\top) s_i / 2\|^2 + (\beta s_{ji})^2`. The first part is rounding
-    where the operator stands still; where it moves while it is probed, it tells by how much.
+    where the operator stands still; where it moves while it is probed, it tells by how much. What products of rows
+    before the last one have outside of the basis, of the norms `left`, counts as :math:`\beta` does.
     """
     order = state.projected.shape[0]
     index = jnp.arange(order)
-    valid = index < state.count
+    valid = (index >= first) & (index < state.count)
     projected = jnp.where(valid[:, None] & valid[None, :], state.projected, 0)
+    # In a unit of its own, for the squares below.
+    peak = jnp.max(jnp.abs(projected))
+    unit = jnp.where(peak > 0, peak, 1)
+    projected = projected / unit
     matrix = (projected + projected.T) / 2
     asymmetry = (projected - projected.T) / 2
     # Rows not yet filled get eigenvalues above all others, so that the valid pairs come first.
@@ -235,9 +267,10 @@ def ritz(state: LanczosState) -> RitzPairs:
     matrix = matrix + jnp.diag(jnp.where(valid, jnp.zeros_like(beyond), beyond))
     values, coefficients = jnp.linalg.eigh(matrix, symmetrize_input=False)
     coefficients = jnp.where(valid[:, None], coefficients, 0)
-    outside = state.beta * coefficients[jnp.maximum(state.count - 1, 0)]
+    last = index == state.count - 1
+    outside = jnp.linalg.norm(jnp.where(last, state.beta, left)[:, None] / unit * coefficients, axis=0)
     inside = jnp.linalg.norm(jnp.dot(asymmetry, coefficients, precision=lax.Precision.HIGHEST), axis=0)
-    return RitzPairs(values, jnp.hypot(outside, inside), coefficients, state.count)
+    return RitzPairs(unit * values, unit * jnp.hypot(outside, inside), coefficients, jnp.sum(valid))
 
 
 def run(
@@ -248,6 +281,7 @@ def run(
     is_done: Callable[[RitzPairs], jax.Array],
     min_matvecs: int,
     axis_name: str | None = None,
+    confine: bool = True,
 ) -> LanczosState:
     """Extends the process until `is_done`, the end of the basis, or a product that is not finite.
 
@@ -259,6 +293,7 @@ def run(
         taken since the start or the last breakdown (the copies of a multiple eigenvalue are found one by one).
       min_matvecs: see `is_done`.
       axis_name: the axis the segments are split over.
+      confine: see :func:`extend`.
     """
     order = state.projected.shape[0]
 
@@ -267,7 +302,7 @@ def run(
         return (state.count < order) & ~done & ~state.exhausted & jnp.isfinite(state.beta)
 
     def advance(carry: tuple[LanczosState, jax.Array]) -> tuple[LanczosState, jax.Array]:
-        state = extend(carry[0], matvec(carry[0].vector), like, axis_name)
+        state = extend(carry[0], matvec(carry[0].vector), like, axis_name, confine=confine)
         due = (state.count % CHECK_EVERY == 0) & (state.count - state.restart >= min_matvecs)
         # The branch sees the small fields of the state only.
         done = lax.cond(due, lambda: is_done(ritz(state)), lambda: jnp.zeros((), bool))

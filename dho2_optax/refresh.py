@@ -51,6 +51,7 @@ class Solver(NamedTuple):
     basis_dtype: Any
     axis_name: str | None
     start: Callable[[Spectrum, jax.Array, Vector, str | None, Carry], Vector]  # see `warm_start`
+    confine: bool = True  # the start has random parts everywhere, see `krylov.extend`
 
     @property
     def num_pairs(self) -> int:
@@ -79,6 +80,7 @@ class Solver(NamedTuple):
             is_done=self.is_done,
             min_matvecs=self.num_pairs + 1,
             axis_name=self.axis_name,
+            confine=self.confine,
         )
 
     def is_done(self, pairs: krylov.RitzPairs) -> jax.Array:

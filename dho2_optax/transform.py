@@ -422,6 +422,7 @@ def fosi(
         basis_dtype=None,
         axis_name=None,
         start=start_at,
+        confine=start is None,
     )
     return _hybrid(
         base,

@@ -22,6 +22,7 @@ def named_spectra(n: int) -> dict[str, np.ndarray]:
     low_rank = np.concatenate([[5.0, -3.0, 2.0, 1.0, -0.5], np.zeros(n - 5)])
     wide_gap = np.concatenate([[1e6], rng.uniform(0.5, 1, n - 1)])
     outliers = np.concatenate([[10.0, -8.0, 6.0, -5.0, 4.0, 3.0, -2.5, 2.0], bulk[8:]])
+    wilkinson = np.diag(np.abs(np.arange(-10.0, 11))) + np.eye(21, k=1) + np.eye(21, k=-1)
     return {
         "outliers": outliers,
         "graded": np.geomspace(1, 1e-6, n),
@@ -32,6 +33,10 @@ def named_spectra(n: int) -> dict[str, np.ndarray]:
         "multiple of the identity": np.full(n, -2.5),
         "zero": np.zeros(n),
         "wide gap": wide_gap,
+        "Wilkinson": np.concatenate([np.linalg.eigvalsh(wilkinson), rng.uniform(-0.1, 0.1, n - 21)]),  # W21+
+        "periodic Laplacian": 2 - 2 * np.cos(2 * np.pi * np.arange(n) / n),
+        "threes and twos": np.concatenate([np.repeat([3.0, 2.0], 3), rng.uniform(0, 1, n - 6)]),
+        "twice the largest": np.concatenate([[10.0, 10.0, 5.0], rng.uniform(0, 4, n - 3)]),
     }
 
 

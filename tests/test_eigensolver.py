@@ -25,6 +25,7 @@ from tests.helpers import (
 
 _N, _RANK = 100, 8
 _DEFAULT_TOLERANCE = 5e-6
+_DEFAULT_ORDER = 4 * _RANK + 8
 _LIKE = {"a": np.zeros((5, 6), np.float32), "b": np.zeros(_N - 31, np.float32), "c": np.float32(0)}
 _SPECTRA = {
     **named_spectra(_N),
@@ -71,7 +72,8 @@ def _assert_right_or_masked(found, matrix, tolerance=_DEFAULT_TOLERANCE):
     np.testing.assert_allclose(rows @ rows.T, np.diag(mask.astype(float)), atol=1e-5)
     residuals = np.linalg.norm(rows @ matrix - eigenvalues[:, None] * rows, axis=1) / scale
     assert np.all(residuals[mask] <= 1.5 * tolerance)
-    np.testing.assert_allclose(residuals[mask], found.residuals[mask] / scale, atol=2e-6)
+    # What several sweeps have left out is summed as if it were orthogonal.
+    np.testing.assert_allclose(residuals[mask], found.residuals[mask] / scale, atol=2e-6, rtol=0.02)
 
 
 @pytest.mark.parametrize("name", _SPECTRA)
@@ -83,8 +85,108 @@ def test_pairs_are_right_or_masked_at_the_default_order(name):
     leading = np.cumprod(found.mask).astype(bool)  # those before the first that is masked
     errors = np.abs(np.abs(found.eigenvalues) - np.abs(true))
     assert np.all(errors[leading] <= 2e-6 * scale)
-    hard = {"clustered", "indefinite", "tiny gaps"}
+    hard = {"clustered", "indefinite", "tiny gaps", "periodic Laplacian", "threes and twos", "twice the largest"}
     assert np.all(found.mask) == (name not in hard)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("name", _SPECTRA)
+def test_no_usable_pair_is_wrong_about_its_place(name, diagonal):
+    """With an order that is too small for many of the spectra as with one that is not, and with both selections."""
+    values = _SPECTRA[name]
+    matrix = np.diag(values) if diagonal else symmetric(values)
+    ascending, scale = np.sort(values), np.max(np.abs(values))
+    ends = np.concatenate([ascending[:2], ascending[-3:]])
+    for order in (20, _N):
+        for seed in (0, 1):
+            key = jax.random.key(seed)
+            found, _ = _solve(matrix, rank=3, order=order, key=key)
+            errors = np.abs(found.eigenvalues) - np.abs(_largest(values, 3))
+            assert np.all(np.abs(errors[found.mask]) <= 2e-5 * scale)
+            assert found.mask.all() or order < _N or (diagonal and name == "zero")
+            found, _ = _solve(matrix, rank=3, num_smallest=2, select="algebraic", order=order, key=key)
+            assert np.all(np.abs(found.eigenvalues - ends)[found.mask] <= 2e-5 * scale)
+            assert found.mask.all() or order < _N
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 6])
+def test_copies_of_multiple_eigenvalues_are_found(rank):
+    """Far below the dimension, where no breakdown helps."""
+    matrix = symmetric(np.concatenate([[10, 10, 8, -7, -7, -7], np.linspace(-2, 2, _N - 6)]))
+    found, matvecs = _solve(matrix, rank=rank, order=60)
+    assert found.mask.all()
+    assert matvecs < 50
+    np.testing.assert_allclose(found.eigenvalues, [10, 10, 8, -7, -7, -7][:rank], atol=1e-4)
+    _assert_right_or_masked(found, matrix)
+
+
+def test_few_products_make_sure_of_a_spectrum_without_copies():
+    """Once eight pairs have converged, at the twelfth or the sixteenth product."""
+    _, matvecs = _solve(symmetric(_SPECTRA["outliers"]), order=60)
+    assert matvecs <= 21
+
+
+def test_where_the_order_ends_before_the_check_nothing_is_usable():
+    matrix = symmetric(_SPECTRA["twice the largest"])
+    short, matvecs = _solve(matrix, rank=1, order=10)
+    sure, more = _solve(matrix, rank=1, order=60)
+    assert matvecs == 10 < more
+    assert short.residuals[0] <= _DEFAULT_TOLERANCE * 10
+    assert not short.mask.any()
+    assert sure.mask.all()
+
+
+@pytest.mark.parametrize("name", ["outliers", "low rank", "twice the largest"])
+def test_eigenvectors_are_exactly_zero_where_the_operator_is(name):
+    dead = np.arange(_N) % 3 == 1
+    matrix = np.zeros((_N, _N))
+    matrix[np.ix_(~dead, ~dead)] = symmetric(_SPECTRA[name][: np.sum(~dead)])
+    found, _ = _solve(matrix, rank=3, order=60)
+    assert found.mask.all()
+    assert not flat_rows(found.eigenvectors)[:, dead].any()
+    _assert_right_or_masked(found, matrix)
+
+    @jax.jit
+    def again(matrix, old):
+        # From old vectors that have entries there.
+        old = old._replace(eigenvectors=jax.tree.map(lambda x: x + jnp.asarray(0.1, x.dtype), old.eigenvectors))
+        first = eigensolver.warm_start(old, krylov.random_vector(jnp.uint32(1), _LIKE, None))
+        state = krylov.start(first, 20, seed=jnp.uint32(0))
+        never = lambda pairs: pairs.num_valid < 0  # noqa: E731
+        state = krylov.run(matrix_operator(matrix, _LIKE), state, _LIKE, is_done=never, min_matvecs=0)
+        return first, eigensolver.publish(state, 3, 0, "magnitude", 0.1)
+
+    first, warm = again(matrix.astype(np.float32), found)
+    assert np.all(flat(first)[dead])
+    assert warm.mask.any()
+    assert not flat_rows(warm.eigenvectors)[:, dead].any()
+
+
+@pytest.mark.parametrize("dtypes", [("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
+def test_the_default_tolerance_is_that_of_the_shortest_leaf(dtypes):
+    values = _SPECTRA["outliers"]
+    matrix = symmetric(values).astype(np.float32)
+    like = {"a": jnp.zeros(40, dtypes[0]), "b": jnp.zeros((6, 10), dtypes[1])}
+
+    def matvec(x):
+        product = matrix_operator(matrix, like)(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), x))
+        return jax.tree.map(lambda leaf, shaped: leaf.astype(shaped.dtype), product, like)
+
+    found = jax.jit(lambda: dho2.lanczos(matvec, like, rank=4))()
+    assert found.mask.all()
+    error = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    np.testing.assert_allclose(found.eigenvalues, _largest(values, 4), atol=10 * error)
+    rows = flat_rows(found.eigenvectors)
+    np.testing.assert_allclose(rows @ rows.T, np.eye(4), atol=1e-5)
+    residuals = np.linalg.norm(rows @ matrix - np.asarray(found.eigenvalues)[:, None] * rows, axis=1)
+    assert np.max(residuals) <= 10 * 6 * error
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_numbers_that_are_not_real_floats_are_refused(dtype):
+    like = {"a": jnp.zeros(3), "b": jnp.zeros(2, dtype)}
+    with pytest.raises(ValueError, match=f"`like` must hold floating-point leaves only, got one of dtype {dtype}"):
+        dho2.lanczos(lambda x: x, like, rank=1)
 
 
 @pytest.mark.parametrize("name", _SPECTRA)
@@ -111,12 +213,12 @@ def test_eigenpairs_equal_those_of_scipy():
 def test_a_hard_spectrum_is_masked_at_the_default_order_and_shows_in_the_residuals():
     matrix = symmetric(_SPECTRA["tiny gaps"])
     found, matvecs = _solve(matrix)
-    assert matvecs == 4 * _RANK
+    assert matvecs == _DEFAULT_ORDER
     assert not found.mask.any()
     assert np.all(found.residuals > _DEFAULT_TOLERANCE * 2)
     assert np.all((found.eigenvalues > 1) & (found.eigenvalues < 2 + 1e-6))
     rescued, matvecs = _solve(matrix, order=_N)
-    assert matvecs > 4 * _RANK
+    assert matvecs > _DEFAULT_ORDER
     assert rescued.mask.all()
 
 
@@ -131,12 +233,12 @@ def test_a_smaller_order_stops_earlier():
 def test_a_loose_tolerance_takes_fewer_matvecs_and_lets_worse_pairs_through():
     matrix = symmetric(0.8 ** np.arange(_N))
     default, many = _solve(matrix)
-    loose, few = _solve(matrix, tolerance=0.05)
+    loose, few = _solve(matrix, tolerance=0.02)
     exact, most = _solve(matrix, tolerance=0.0)
-    assert few < many < most == 4 * _RANK
+    assert few < many < most == _DEFAULT_ORDER
     assert loose.mask.all()
     assert np.max(loose.residuals) > _DEFAULT_TOLERANCE * 10
-    _assert_right_or_masked(loose, matrix, tolerance=0.05)
+    _assert_right_or_masked(loose, matrix, tolerance=0.02)
     assert default.mask.all()
     assert not exact.mask.all()
 
@@ -177,15 +279,16 @@ def test_a_space_smaller_than_the_rank_gives_every_pair_once():
         np.testing.assert_allclose(rows @ rows.T, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e25])
-def test_pairs_of_very_small_and_very_large_matrices_are_right_or_masked(scale):
-    matrix = scale * symmetric(_SPECTRA["outliers"])
-    found, _ = _solve(matrix)
-    rows, mask = flat_rows(found.eigenvectors), found.mask
-    assert np.all(np.isfinite(rows))
-    errors = rows @ matrix - found.eigenvalues[:, None].astype(np.float64) * rows
-    assert np.all(np.linalg.norm(errors[mask], axis=1) <= 1e-5 * 10 * scale)
-    assert mask.all() or not 1e-18 < scale < 1e18
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_pairs_of_very_small_and_very_large_matrices_are_right(scale):
+    matrix = symmetric(_SPECTRA["outliers"])
+    start = _LIKE | {"b": np.full(_N - 31, scale, np.float32)}
+    for options in ({}, {"start": start}):
+        found, _ = _solve(scale * matrix, **options)
+        numbers = {"eigenvalues": found.eigenvalues / np.float32(scale), "residuals": found.residuals / scale}
+        assert found.mask.all()
+        _assert_right_or_masked(found._replace(**numbers), matrix)
+        np.testing.assert_allclose(numbers["eigenvalues"], _largest(_SPECTRA["outliers"]), atol=2e-5)
 
 
 def test_a_matvec_that_is_not_finite_masks_all_pairs():
@@ -204,16 +307,30 @@ def test_the_key_decides_the_start_vector():
 
 
 def test_a_start_vector_inside_an_invariant_subspace_finds_it_at_once():
+    """And then another sweep has to show that nothing else is as large."""
     matrix = symmetric(_SPECTRA["outliers"])
     values, vectors = np.linalg.eigh(matrix)
     wanted = [0, 1, -1, -2]
     start = unflatten(vectors[:, wanted].sum(axis=1).astype(np.float32), _LIKE)
-    found, matvecs = _solve(matrix, rank=4, order=8, start=start)
-    cold, _ = _solve(matrix, rank=4, order=8)
-    assert matvecs <= 8
+    found, _ = _solve(matrix, rank=4, order=24, start=start)
     assert found.mask.all()
-    assert not cold.mask.any()
     np.testing.assert_allclose(found.eigenvalues, _largest(values, 4), atol=1e-5)
+    short, matvecs = _solve(matrix, rank=4, order=5, start=start)
+    cold, _ = _solve(matrix, rank=4, order=5)
+    assert matvecs == 5
+    np.testing.assert_allclose(short.eigenvalues, _largest(values, 4), atol=1e-5)
+    assert np.max(short.residuals) <= 1e-5 * 10 < np.max(cold.residuals)
+    assert not short.mask.any()
+
+
+def test_a_start_vector_that_is_a_small_eigenvector_is_not_taken_for_the_largest():
+    matrix = symmetric(_SPECTRA["outliers"])
+    _, vectors = np.linalg.eigh(matrix)
+    start = unflatten(vectors[:, 50].astype(np.float32), _LIKE)
+    for order in (2, 24):
+        found, _ = _solve(matrix, rank=1, order=order, start=start)
+        assert found.mask == (order == 24)
+    np.testing.assert_allclose(found.eigenvalues, 10, atol=1e-5)
 
 
 def _drifted(new_direction):
@@ -486,7 +603,7 @@ def _assert_top_pairs_of_a_hessian(params, batch):
 
     found = jax.tree.map(np.asarray, solve(params, batch))
     jax.effects_barrier()
-    assert len(matvecs) <= 2.5 * _RANK
+    assert len(matvecs) <= 2.5 * _RANK + 7  # Seven to make sure that nothing is missing.
     assert found.mask.all()
     assert {x.dtype for x in jax.tree.leaves(found.eigenvectors)} == {np.dtype("float32")}
     rows, eigenvalues = flat_rows(found.eigenvectors), found.eigenvalues.astype(np.float64)

@@ -1,3 +1,4 @@
+import re
 from functools import cache, partial
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from dho2_optax import krylov, segments
 from tests.helpers import (
     AXIS,
+    count_instructions,
     flat,
     flat_rows,
     matrix_operator,
@@ -342,7 +344,7 @@ def test_a_restart_forgets_a_product_that_was_not_finite():
     assert krylov.is_finite(state)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30, 1e-30])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38, 1e30])
 def test_is_finite_until_a_product_is_not_or_its_norm_cannot_be_had(bad):
     matrix = symmetric(_SPECTRA["outliers"]).astype(np.float32)
     state = _begin(_random(1))
@@ -350,12 +352,134 @@ def test_is_finite_until_a_product_is_not_or_its_norm_cannot_be_had(bad):
     for _ in range(2):
         state = _extend(matrix, state)
         assert krylov.is_finite(state)
-    bad = np.eye(_N, dtype=np.float32) * bad if abs(bad) < 1 else np.full((_N, _N), bad, np.float32)
-    after = _extend(bad, state)
+    after = _extend(np.full((_N, _N), bad, np.float32), state)
     assert not krylov.is_finite(after)
     # Nothing is written to the rows in use.
     np.testing.assert_array_equal(flat_rows(after.basis)[:3], flat_rows(state.basis)[:3])
     assert np.isfinite(flat_rows(after.basis)).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_a_run_satisfies_the_lanczos_identities_at_every_scale(scale):
+    matrix = symmetric(_SPECTRA["outliers"])
+    state, pairs = _run(scale * matrix)
+    assert krylov.is_finite(state)
+    assert state.restart == 0
+    numbers = (scale, *(np.asarray(x, np.float64) for x in (state.projected, state.beta, pairs.values)))
+    projected, beta, values = (x / scale for x in numbers[1:])
+    _assert_decomposition(matrix, state._replace(projected=projected, beta=beta))
+    plain, plain_pairs = _run(matrix)
+    np.testing.assert_allclose(values[-3:], plain_pairs.values[-3:], atol=1e-5)
+    np.testing.assert_allclose(pairs.residuals[-1] / scale, plain_pairs.residuals[-1], atol=1e-5)
+    assert plain.count == state.count
+
+
+def test_a_product_that_is_nothing_beside_those_before_is_a_breakdown():
+    state = _extend(symmetric(_SPECTRA["outliers"]).astype(np.float32), _begin(_random(1)))
+    after = _extend(np.full((_N, _N), 1e-36, np.float32), state)
+    assert krylov.is_finite(after)
+    assert (after.restart, after.beta) == (2, 0)
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e36])
+def test_a_first_product_at_the_end_of_the_range_of_float32_is_not_finite(scale):
+    state = _extend(np.eye(_N, dtype=np.float32) * np.float32(scale), _begin(_random(1)))
+    assert not krylov.is_finite(state)
+
+
+_DEAD = np.arange(_N) % 4 == 1  # coordinates that the operator does not touch
+
+
+def _with_dead_rows(name):
+    """A matrix with zero rows and columns, of 45 other ones."""
+    matrix = np.zeros((_N, _N))
+    matrix[np.ix_(~_DEAD, ~_DEAD)] = symmetric(named_spectra(45)[name])
+    return matrix
+
+
+@pytest.mark.parametrize("name", ["outliers", "low rank", "multiple of the identity"])
+def test_the_basis_is_exactly_zero_where_the_operator_is(name):
+    matrix = _with_dead_rows(name)
+    state, _ = _run(matrix)
+    basis = flat_rows(state.basis)
+    assert not basis[:, _DEAD].any()
+    assert np.all(basis[0, ~_DEAD])
+    assert (state.restart > 0) == (name != "outliers")
+    _assert_decomposition(matrix, state)
+
+
+def test_a_process_ends_with_the_space_on_which_the_operator_acts():
+    matrix = _with_dead_rows("outliers")
+    state, pairs = _run(matrix, order=_N)
+    assert state.exhausted
+    assert (state.count, pairs.num_valid) == (45, 45)
+    np.testing.assert_allclose(pairs.values[:45], np.sort(named_spectra(45)["outliers"]), atol=1e-4)
+
+
+def test_an_operator_that_is_zero_keeps_its_basis():
+    state, _ = _run(np.zeros((_N, _N)))
+    first = flat(_random(1))
+    np.testing.assert_allclose(flat_rows(state.basis)[0], first / np.linalg.norm(first), atol=1e-7)
+
+
+def test_coordinates_that_wake_up_later_are_found():
+    state = _extend(_with_dead_rows("outliers").astype(np.float32), _begin(_random(1)))
+    state = _extend(symmetric(_SPECTRA["outliers"]).astype(np.float32), state)
+    basis = flat_rows(state.basis)
+    assert not basis[:2, _DEAD].any()
+    assert np.all(basis[2])
+
+
+def test_a_first_product_that_is_not_finite_leaves_the_start_as_it_was():
+    matrix = _with_dead_rows("outliers").astype(np.float32)
+    matrix[0] = np.nan
+    before = _begin(_random(1))
+    after = _extend(matrix, before)
+    assert not krylov.is_finite(after)
+    np.testing.assert_array_equal(flat_rows(after.basis)[0], flat_rows(before.basis)[0])
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3])
+@pytest.mark.parametrize("name", ["outliers", "low rank"])
+def test_on_several_devices_the_basis_is_exactly_zero_where_the_operator_is(name, num_devices):
+    def program(matrix, _):
+        def matvec(segment):
+            whole = segments.gather(segment, _LIKE, AXIS)
+            return segments.split(matrix_operator(matrix, _LIKE)(whole), AXIS)
+
+        first = segments.split(_random(1), AXIS)
+        state = krylov.start(first, _ORDER, seed=jnp.uint32(0), axis_name=AXIS)
+        state = krylov.run(matvec, state, _LIKE, is_done=_never, min_matvecs=0, axis_name=AXIS)
+        rows = [segments.gather(jax.tree.map(lambda x: x[i], state.basis), _LIKE, AXIS) for i in range(_ORDER)]  # noqa: B023
+        return jax.tree.map(lambda *x: jnp.stack(x), *rows), state.restart
+
+    matrix = _with_dead_rows(name).astype(np.float32)
+    basis, restart = on_devices(program, num_devices, "shard_map")(matrix, np.zeros(num_devices))
+    basis = flat_rows(jax.tree.map(lambda x: x[0], basis))
+    assert (restart[0] > 0) == (name == "low rank")
+    assert not basis[:, _DEAD].any()
+    np.testing.assert_allclose(basis @ basis.T, np.eye(_ORDER), atol=_TOLERANCE)
+
+
+def test_extend_copies_no_basis_and_sums_four_times_over_the_devices():
+    like = {"a": np.zeros((50, 40), np.float32)}
+
+    def extend(state, product):
+        return krylov.extend(state, product, like)
+
+    state = krylov.start(jax.tree.map(jnp.ones_like, like), 16, seed=jnp.uint32(0))
+    hlo = jax.jit(extend, donate_argnums=0).lower(state, like).compile().as_text()
+    assert "f32[16,50,40]" in hlo
+    assert not re.findall(r"f32\[16,50,40\]\S* copy\(", hlo)
+
+    def program(product, _):
+        first = krylov.random_vector(jnp.uint32(0), like, AXIS)
+        state = krylov.start(first, 16, seed=jnp.uint32(0), axis_name=AXIS)
+        return krylov.extend(state, segments.split(product, AXIS), like, AXIS)
+
+    hlo = on_devices(program, 2, "shard_map").lower(like, np.zeros(2)).compile().as_text()
+    # Two for the norms of the start, and one in the branch that draws a random vector.
+    assert count_instructions(hlo, "all-reduce") == 2 + 4 + 1
 
 
 def test_zero_products_are_finite():
