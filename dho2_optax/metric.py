@@ -281,7 +281,7 @@ def _diagonal_factors(base_state: Any, like: Vector, axis_name: str | None) -> V
         if moment is None:
             return jnp.ones_like(leaf, dtype=dtype)
         root = jax.lax.rsqrt(jnp.sqrt(jnp.maximum(moment.astype(dtype), 0)) + jnp.asarray(_EPSILON, dtype))
-        return jnp.where(jnp.isfinite(moment), jnp.where(moment > 0, root, jnp.inf), 0)
+        return jnp.where(moment <= 0, jnp.inf, root)
 
     halves = [half(*pair) for pair in zip(_second_moments(base_state, like), leaves, strict=True)]
     # Padding, with second moments of zero, is never the smallest.

@@ -94,3 +94,52 @@ def test_ten_thousand_updates_of_a_mixture_of_all_hostile_batches_on_eight_devic
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
     assert dho2.metrics(state)["refreshes"] > 50
     assert np.mean(ours[-100:]) <= 3 * np.mean(alone[-100:])
+
+
+def _embedding_loss(params, batch):
+    """With everything in it that has neither gradient nor curvature."""
+    tokens, x, y = batch
+    hidden = jax.nn.relu(x @ params["in"] + params["bias"] + params["embedding"][tokens])
+    frozen = jax.lax.stop_gradient(params["frozen"])
+    return jnp.mean(((hidden @ params["out"])[:, 0] + jnp.sum(frozen) - y) ** 2)
+
+
+@pytest.mark.parametrize("hybrid", ["dho2", "mr_dho2", "without a metric"])
+@pytest.mark.parametrize("base", ["sgd", "adam", "soap"])
+def test_what_has_neither_gradient_nor_curvature_keeps_its_value_to_the_last_bit(base, hybrid):
+    """A frozen leaf, one that is not used, rows of an embedding that no token touches, a dead unit."""
+    if hybrid == "without a metric" and base == "sgd":
+        hybrid = "dho2"  # it has none
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.float32(0.4 * rng.normal(size=shape))  # noqa: E731
+    dead = 3
+    params = {
+        "embedding": normal(16, 12), "in": normal(6, 12), "bias": jnp.zeros(12).at[dead].set(-1e3),
+        "out": normal(12, 1), "frozen": normal(5, 4), "unused": jnp.ones(7),
+    }  # fmt: skip
+    make = {
+        "dho2": lambda tx: dho2.dho2(tx, _embedding_loss, rank=4, refresh_interval=20),
+        "without a metric": lambda tx: dho2.dho2(tx, _embedding_loss, rank=4, refresh_interval=20, metric=None),
+        "mr_dho2": lambda tx: dho2.mr_dho2(tx, _embedding_loss, rank=4, probe_interval=1),
+    }[hybrid]
+    tx = make(hostile.BASES[base]())
+
+    def step(carry, key):
+        now, state = carry
+        first, second = jax.random.split(key)
+        x, tokens = jax.random.normal(first, (64, 6)), jax.random.randint(second, (64,), 0, 8)
+        batch = tokens, x, x.sum(axis=1) + jnp.sin(tokens)
+        updates, state = tx.update(jax.grad(_embedding_loss)(now, batch), state, now, batch=batch)
+        return (optax.apply_updates(now, updates), state), None
+
+    start, keys = (params, tx.init(params)), jax.random.split(jax.random.key(0), 100)
+    (after, state), _ = jax.jit(lambda start: jax.lax.scan(step, start, keys))(start)
+    assert dho2.metrics(state)["active_pairs"] == 4
+    still = {
+        "embedding": np.s_[8:], "in": np.s_[:, dead], "bias": np.s_[dead], "out": np.s_[dead],
+        "frozen": np.s_[:], "unused": np.s_[:],
+    }  # fmt: skip
+    for name, where in still.items():
+        np.testing.assert_array_equal(after[name][where], params[name][where], err_msg=name)
+    for name in ("embedding", "in", "bias", "out"):
+        assert np.any(np.asarray(after[name]) != np.asarray(params[name]))

@@ -90,7 +90,9 @@ def test_the_second_moment_of_every_known_base_is_read(name):
     }.get(name, ("nu", lambda nu, mu: nu))
     second = optax.tree.get(state, found[0])
     first = optax.tree.get(state, "mu") if name == "rmsprop, centred" else second
-    expected = jax.tree.map(lambda nu, mu: _half(found[1](nu, mu)), second, first)
+    # Adam and most of its kin divide by moments without bias; the maximum of AMSGrad is of such.
+    weight = 1 - 0.999**3 if name in ("adam", "adamw", "nadam", "adabelief", "adam in a chain", "injected") else 1
+    expected = jax.tree.map(lambda nu, mu: _half(found[1](nu, mu) / weight), second, first)
     for a, b in zip(jax.tree.leaves(factors.values), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
@@ -101,7 +103,7 @@ def test_leaves_that_the_base_does_not_scale_have_the_identity():
     _, state = base.update(_PARAMS, base.init(_PARAMS), _PARAMS)
     factors = metric_lib.snapshot(metric_lib.DIAGONAL, state, _PARAMS, None, segmented_base=False)
     np.testing.assert_array_equal(factors.values["b"], np.ones(5))
-    assert np.all(factors.values["w"] > 1.5)
+    np.testing.assert_allclose(factors.values["w"], _half(_PARAMS["w"] ** 2), rtol=1e-4)
 
 
 def test_two_adams_on_different_leaves_are_both_read():
@@ -109,9 +111,9 @@ def test_two_adams_on_different_leaves_are_both_read():
     base = optax.partition({"slow": optax.adam(0.01), "fast": optax.adam(0.1)}, labels)
     _, state = base.update(_PARAMS, base.init(_PARAMS), _PARAMS)
     factors = metric_lib.snapshot(metric_lib.DIAGONAL, state, _PARAMS, None, segmented_base=False)
-    expected = jax.tree.map(lambda g: _half(0.001 * g**2), _PARAMS)
+    expected = jax.tree.map(lambda g: _half(g**2), _PARAMS)
     for name in ("w", "b"):
-        np.testing.assert_allclose(factors.values[name], expected[name], rtol=1e-5)
+        np.testing.assert_allclose(factors.values[name], expected[name], rtol=1e-4)
 
 
 def test_map_params_finds_the_factors_of_the_metric():
@@ -129,7 +131,7 @@ def test_the_factors_of_weights_without_gradients_are_limited_by_the_others_of_t
     nu = jnp.ones(600).at[7].set(0.0).at[599].set(4.0)
 
     def factors(nu):
-        state = (optax.ScaleByAdamState(jnp.zeros((), jnp.int32), {"w": nu, "b": nu[:3]}, {"w": nu, "b": nu[:3]}),)
+        state = (optax.ScaleByAdamState(jnp.int32(10**6), {"w": nu, "b": nu[:3]}, {"w": nu, "b": nu[:3]}),)
         return metric_lib.DIAGONAL.factors(state, {"w": nu, "b": nu[:3]}, AXIS)
 
     mesh = helpers.make_mesh(num_devices)
@@ -138,6 +140,17 @@ def test_the_factors_of_weights_without_gradients_are_limited_by_the_others_of_t
     np.testing.assert_allclose(found, _half(np.asarray(nu)), rtol=1e-5)
     assert float(found[7]) == pytest.approx((1000 / 2) ** 0.5, rel=1e-5)
     assert float(factors(nu)["b"][0]) == pytest.approx(1, rel=1e-5)
+
+
+def test_a_leaf_without_any_gradient_so_far_has_the_identity_and_what_has_overflowed_has_zero():
+    """P is zero where the base does not step any more, and so is its inverse, in place of an infinity."""
+    nu = {"w": jnp.asarray([4.0, jnp.inf]), "b": jnp.zeros(2)}
+    state = (optax.ScaleByAdamState(jnp.int32(10**6), nu, nu),)
+    values = metric_lib.DIAGONAL.factors(state, nu, None)
+    np.testing.assert_allclose(values["w"], [0.5**0.5, 0], rtol=1e-6)
+    np.testing.assert_array_equal(values["b"], [1, 1])
+    back = metric_lib.DIAGONAL.inverse_half(values, {"w": jnp.ones(2), "b": jnp.ones(2)})
+    np.testing.assert_allclose(back["w"], [2**0.5, 0], rtol=1e-6)
 
 
 def test_a_weight_that_has_had_no_gradient_does_not_fill_the_subspace():
@@ -265,10 +278,17 @@ def test_one_update_is_the_dense_rule():
     assert int(dho2.metrics(state)["age"]) == 2
 
 
-def test_a_full_newton_step_solves_the_problem_in_the_subspace_whatever_the_metric():
-    """With every direction in the subspace and alpha 1, one update finds the minimum."""
+@pytest.mark.parametrize("scales", [None, np.linspace(0.5, 2, _SIZE, dtype=np.float32)], ids=["none", "fixed"])
+def test_a_full_newton_step_solves_the_problem_in_the_subspace_whatever_the_metric(scales):
+    """With every direction in the subspace and alpha 1 one update finds the minimum, if the base would go as far."""
+    roots = None if scales is None else helpers.unflatten(jnp.sqrt(scales), _PARAMS)
+    metric = None if scales is None else dho2.Metric(
+        lambda state, like, axis_name: roots,
+        lambda factors, x: jax.tree.map(jnp.multiply, x, factors),
+        lambda factors, x: jax.tree.map(jnp.divide, x, factors),
+    )  # fmt: skip
     tx = dho2.dho2(
-        optax.adam(1e-3),
+        optax.sgd(lambda count: jnp.where(count < 4, 1e-3, 100.0)),
         _loss,
         rank=_SIZE,
         order=_SIZE,
@@ -278,7 +298,7 @@ def test_a_full_newton_step_solves_the_problem_in_the_subspace_whatever_the_metr
         alpha=1.0,
         subspace=optax.identity(),
         floor=0.0,
-        metric="base",
+        metric=metric,
     )
     params, _ = _train(tx, 5)
     before, _ = _train(tx, 4)
@@ -342,9 +362,10 @@ def test_segments_give_what_one_device_gives(name, num_devices, options):
     placed = {"mesh": helpers.make_mesh(num_devices), "axis_name": AXIS, "base_on_segments": not (whole or options)}
     metric = _whole_leaf_adam() if whole else "base"
     common = {"rank": 3, "order": 8, "tolerance": 0.0}
-    one, _ = _train(_FACTORIES[name](optax.adam(0.01), metric="base", **common), 14, hvp=name == "mr_dho2")
+    num_steps = {"dho2": 14, "mr_dho2": 24}[name]  # streaming begins after ten updates
+    one, _ = _train(_FACTORIES[name](optax.adam(0.01), metric="base", **common), num_steps, hvp=name == "mr_dho2")
     tx = _FACTORIES[name](optax.adam(0.01), metric=metric, **placed, **common)
-    many, state = _train(tx, 14, hvp=name == "mr_dho2", metric=metric if whole else None)
+    many, state = _train(tx, num_steps, hvp=name == "mr_dho2", metric=metric if whole else None)
     np.testing.assert_allclose(helpers.flat(many), helpers.flat(one), rtol=1e-3, atol=1e-4)
     assert int(dho2.metrics(state)["active_pairs"]) == 3
 

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from dho2_optax import subspace
+from dho2_optax import metric, subspace
 from dho2_optax.eigensolver import Spectrum
 from dho2_optax.subspace import Damping
 from tests.helpers import AXIS, flat, on_devices, unflatten
@@ -371,3 +371,99 @@ def test_with_damping_it_is_the_newton_step_that_is_carried_over(turned):
     expected = new.astype(np.float64) @ old.T.astype(np.float64) @ (before * state["momentum"])
     np.testing.assert_allclose(after * carried, expected, atol=1e-6)
     assert carried[3] == 0
+
+
+# What bounds a hybrid by its base.
+
+
+def _bounds(usual=1.0, peak=0.0, least=0.0):
+    return subspace.Bounds(*map(jnp.float32, (usual, peak, least)))
+
+
+def test_the_usual_length_follows_by_a_tenth_at_most():
+    for length, expected in ((1e6, np.exp(0.1)), (1e-9, np.exp(-0.1)), (1.5, 1.5**0.1), (0.0, 1), (np.inf, 1)):
+        np.testing.assert_allclose(_bounds().after(jnp.float32(length)).usual, expected, rtol=1e-5)
+    np.testing.assert_allclose(_bounds(usual=0).after(jnp.float32(7)).usual, 7)
+    assert _bounds().after(jnp.float32(jnp.nan)).usual == 1
+
+
+def test_a_gradient_is_an_outlier_until_a_momentum_has_forgotten_it():
+    bounds = _bounds().after(jnp.float32(10))
+    untrusted = 0
+    while not bounds.trust():
+        untrusted += 1
+        bounds = bounds.after(jnp.float32(1))
+    # 10 * 0.9^t is below four times the usual length, which the outlier has moved too, after nine updates.
+    assert untrusted == 9
+    assert _bounds().after(jnp.float32(4)).trust()
+    assert not _bounds().after(jnp.float32(jnp.inf)).trust()
+    assert _bounds(usual=0).after(jnp.float32(1e9)).trust()
+
+
+@partial(jax.jit, static_argnames=("base", "subspace_tx"))
+def _bounded_step(gradient, bounds, subspace_state, base_state, alpha, spectrum, base, subspace_tx):
+    return subspace.hybrid_step(
+        gradient,
+        spectrum,
+        subspace_tx,
+        subspace_state,
+        lambda g: base.update(g, base_state),
+        alpha=alpha,
+        scale=lambda tolerable: jnp.float32(2.0),
+        damping=Damping(0.0, 0.0),
+        axis_name=None,
+        bounds=bounds,
+        momentum_of=lambda state, fed: metric.momentum(state, fed) or metric.Momentum(fed, metric.PLAIN_LIMIT),
+    )
+
+
+def test_the_update_on_an_outlier_is_the_bases_own():
+    base, ema = optax.adam(0.1), optax.ema(0.9, debias=False)
+    gradient = unflatten(_gradient(0), _LIKE)
+    length = np.linalg.norm(_gradient(0))
+    state = ema.init(jnp.zeros(4))._replace(ema=jnp.arange(4.0))
+    for usual, is_outlier in ((length / 5, True), (length / 3, False)):
+        step = _bounded_step(
+            gradient, _bounds(usual), state, base.init(_LIKE), 0.1, _spectrum(_rows()), base=base, subspace_tx=ema
+        )
+        own, own_state = base.update(gradient, base.init(_LIKE))
+        same = np.allclose(flat(step.update), flat(own), rtol=1e-5)
+        assert same == is_outlier
+        assert (float(step.sigma) == 1) == is_outlier
+        assert np.array_equal(step.subspace_state.ema, state.ema) == is_outlier
+        assert np.allclose(flat(step.base_state), flat(own_state), rtol=1e-5) == is_outlier
+
+
+@pytest.mark.parametrize(
+    ("base", "subspace_tx", "pace"),
+    [
+        (optax.sgd(0.5), optax.identity(), 1),
+        (optax.sgd(0.5, momentum=0.9), optax.identity(), 10),
+        (optax.sgd(0.5), optax.trace(0.9), 0.1),
+    ],
+    ids=["plain", "heavy ball", "heavy ball in the subspace"],
+)
+@pytest.mark.parametrize("alpha", [0.1, 1.0])
+def test_along_an_eigenvector_the_newton_step_goes_no_further_than_the_base(base, subspace_tx, pace, alpha):
+    """A gradient that lasts takes heavy ball ten times its learning rate."""
+    eigenvalues = np.float32([8.0, -1e-6, 3.0, 1e-3])
+    rows, gradient = _rows(), _gradient(3)
+    state = subspace_tx.init(jnp.zeros(4))
+    step = _bounded_step(
+        unflatten(gradient, _LIKE), _bounds(usual=100), state, base.init(_LIKE), alpha,
+        _spectrum(rows, eigenvalues),
+        base=base, subspace_tx=subspace_tx,
+    )  # fmt: skip
+    least = alpha / (0.5 * pace)
+    expected = -alpha * (rows @ gradient) / np.maximum(np.abs(eigenvalues), least)
+    np.testing.assert_allclose(rows @ flat(step.update), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(step.bounds.least, least, rtol=1e-4)
+
+
+def test_a_newton_step_that_was_bounded_is_carried_over_as_it_was():
+    """Else a momentum that stood over an eigenvalue that was far too small would come out of a refresh enormous."""
+    rows = _rows(np.ones(4, bool))
+    small, large = (_spectrum(rows, np.full(4, x, np.float32), np.ones(4, bool)) for x in (1e-4, 1.0))
+    momentum = jnp.arange(1.0, 5.0)
+    rotated = subspace.rotate_state(momentum, small, large, None, Damping(0.0, 0.0), least=0.5)
+    np.testing.assert_allclose(rotated, momentum / 0.5, rtol=1e-5)
