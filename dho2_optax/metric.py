@@ -253,15 +253,15 @@ def _second_moments(base_state: Any, like: Vector) -> list[jax.Array | None]:
 
 def _leafwise(trees: list[Any], like: Vector) -> list[jax.Array | None]:
     """For every leaf of `like` the array of its shape from the tree that has one, None if none has."""
-    shapes = [leaf.shape for leaf in jax.tree.leaves(like)]
-    chosen: list[jax.Array | None] = [None] * len(shapes)
+    places = jax.tree.leaves(like, is_leaf=is_hidden)  # what is hidden from the optimizer is hidden in its base too
+    chosen: list[jax.Array | None] = [None] * len(places)
     for tree in trees:
         leaves = jax.tree.leaves(tree, is_leaf=is_hidden)
-        if len(leaves) == len(shapes):
-            pairs = zip(leaves, shapes, strict=True)
-            shown = [None if is_hidden(x) or x.shape != shape else x for x, shape in pairs]
+        if len(leaves) == len(places):
+            pairs = zip(leaves, places, strict=True)
+            shown = [None if is_hidden(x) or is_hidden(at) or x.shape != at.shape else x for x, at in pairs]
             chosen = [old if new is None else new for old, new in zip(chosen, shown, strict=True)]
-    return chosen
+    return [x for x, at in zip(chosen, places, strict=True) if not is_hidden(at)]
 
 
 def _diagonal_factors(base_state: Any, like: Vector, axis_name: str | None) -> Vector:

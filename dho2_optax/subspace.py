@@ -11,6 +11,7 @@ arXiv 2302.08484, algorithm 2; DHO2, arXiv 2505.00982, section 4.2, for the spli
     u &= \sigma d - V^\top (\sigma e + \alpha\, q / |\lambda|)
 
 Four passes over :math:`V`. Pairs that are masked out have zero rows in :math:`V`, so the base keeps their directions.
+What a batch that is unlike all others may do is bounded by what the base does, see :class:`Bounds`.
 
 With a metric (see :mod:`dho2_optax.metric`) :math:`V` are eigenvectors of :math:`P^{1/2} H P^{1/2}`, and gradient and
 update change coordinates on the way in and out:

@@ -74,6 +74,11 @@ def dho2(
     of :math:`|\lambda|_k` and of what a refresh finds that the eigenvectors before it have missed. So the base steps
     further from the second refresh on. Until the first the update is `base`'s.
 
+    No batch does more harm than to `base` alone. A gradient of more than four times its usual length is `base`'s, and
+    so is the update, until a momentum has forgotten it. Along an eigenvector the Newton step goes no further than
+    `base` would by itself, whatever eigenvalue a batch has led to: with the learning rate :math:`\eta` of `base`,
+    eigenvalues count as at least :math:`\alpha / \eta`.
+
     ``update`` takes, besides gradients, state and parameters:
 
     * ``batch``: passed to `loss_fn` on refreshes. On several devices, the local shard of it inside ``shard_map`` and
@@ -90,7 +95,8 @@ def dho2(
       loss_fn: ``(params, batch) -> loss``, a scalar mean over samples; with `has_aux` ``(loss, aux)``.
       rank: how many eigenpairs. Multiples of 8 fill the tiles of a TPU.
       num_smallest: with ``select="algebraic"``, how many of the smallest eigenvalues besides.
-      alpha: step size in the subspace, 1 being a full Newton step; a number or a schedule of the update count.
+      alpha: step size in the subspace, 1 being a full Newton step; a number or a schedule of the update count. Large
+        ones gain only with a learning rate of `base` that is large too, since its step bounds the Newton step.
       subspace: optimizer of the ``rank`` coordinates, linear in the gradient: ``optax.trace(0.9)`` is heavy ball,
         ``optax.ema(0.9, debias=False)`` averages as Adam does. When the subspace changes, its state is carried over
         so that the Newton step it stands for stays the same. Default: ``optax.ema(0.9, debias=False)``.
@@ -109,9 +115,10 @@ def dho2(
         once. Most runs that a large factor spoils are spoilt by its first jump.
       sharpness_limit: how much of the curvature that is left the scaled base may face, in units of what it tolerates
         before it oscillates, with a decay of 0.9 :math:`38 / \text{learning rate}` for Adam and
-        :math:`3.8 / \text{learning rate}` for heavy ball. The learning rate is found from the base's update and
-        momentum; of a base whose momentum is not known it is assumed that it tolerates :math:`|\lambda|_{\max}`.
-        Infinity: FOSI's rule, which assumes that always, and that eigenvectors miss nothing.
+        :math:`3.8 / \text{learning rate}` for heavy ball, and :math:`2 / \text{learning rate}` for a base without
+        momentum, or one whose momentum is not known. The learning rate is found from the base's update and momentum.
+        Infinity: FOSI's rule, which assumes that it always tolerates :math:`|\lambda|_{\max}`, and that eigenvectors
+        miss nothing.
       floor: eigenvalues count as at least this part of the largest.
       damping: added to the magnitude of the eigenvalues, in their unit.
       has_aux: whether `loss_fn` returns a pair.

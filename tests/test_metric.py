@@ -106,6 +106,16 @@ def test_leaves_that_the_base_does_not_scale_have_the_identity():
     np.testing.assert_allclose(factors.values["w"], _half(_PARAMS["w"] ** 2), rtol=1e-4)
 
 
+def test_under_a_mask_the_base_is_read_as_without():
+    tx = optax.masked(dho2.dho2(optax.adam(0.01), rank=2), {"w": True, "b": False})
+    ours = tx.init(_PARAMS).inner_state
+    assert [x.shape for x in jax.tree.leaves(ours.factors)] == [_PARAMS["w"].shape]
+    hidden = {"w": _PARAMS["w"], "b": optax.MaskedNode()}
+    found = metric_lib.momentum(ours.base_state, hidden)
+    assert found is not None
+    np.testing.assert_allclose(found.limit, 38, rtol=1e-6)
+
+
 def test_two_adams_on_different_leaves_are_both_read():
     labels = {"w": "slow", "b": "fast"}
     base = optax.partition({"slow": optax.adam(0.01), "fast": optax.adam(0.1)}, labels)
