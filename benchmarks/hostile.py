@@ -1,6 +1,6 @@
 """What hostile batches do to a hybrid, and to its base alone on the same batches.
 
-    python -m benchmarks.hostile      # prints a table, writes benchmarks/results/hostile.json
+    python -m benchmarks.hostile      # prints a table, writes benchmarks/results/hostile.json and docs/hostile.md
 
 Three small problems are trained on batches of which some are hostile: dim or bright by a factor, with outlying targets,
 without a sample, mostly padding, of one class or one sample only, hostile in one device's shard alone; before the first
@@ -32,6 +32,7 @@ from benchmarks import machine
 from dho2_optax.poc import data
 
 RESULTS = Path(__file__).parent / "results" / "hostile.json"
+PAGE = Path(__file__).parent.parent / "docs" / "hostile.md"
 WORST, END = 10.0, 3.0  # the goals
 INTERVAL = 20  # updates between refreshes
 LAST = 20  # updates that the end is averaged over
@@ -275,14 +276,66 @@ def measure(arguments: argparse.Namespace, log: Callable[[str], None]) -> list[d
     return rows
 
 
+HEAD = """| problem | base | hybrid | largest ratio of worst losses | largest ratio of ends | cells beyond the goals |
+|---|---|---|---|---|---|"""
+
+
 def summary(row: dict[str, Any]) -> str:
     """One line of the table."""
     cells = row["cells"]
-    worst, end = (max(cells, key=lambda cell: cells[cell][name]) for name in ("worst", "end"))
+
+    def largest(name: str) -> str:
+        which = max(cells, key=lambda cell: cells[cell][name])
+        place = ("worst", "end").index(name)
+        ours, base = (cells[which][who][place] for who in ("hybrid", "base"))
+        return f"{cells[which][name]:.3g}: {ours:.3g}, base {base:.3g} ({which})"
+
     beyond = sum(map(is_beyond, cells.values()))
-    return (
-        f"| {row['problem']} | {row['base']} | {row['hybrid']} | {cells[worst]['worst']:.3g} ({worst}) "
-        f"| {cells[end]['end']:.3g} ({end}) | {beyond} of {len(cells)} |"
+    names = f"| {row['problem']} | {row['base']} | {row['hybrid']} "
+    return f"{names}| {largest('worst')} | {largest('end')} | {beyond} of {len(cells)} |"
+
+
+def write(result: dict[str, Any], results: Path, page: Path) -> None:
+    """Writes the results, a line a cell, and the page about them."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: rounded(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [rounded(part) for part in value]
+        if not isinstance(value, float):
+            return value
+        return float(f"{value:.4g}") if np.isfinite(value) else None  # JSON has no infinity
+
+    head = json.dumps({**result, "rows": []}, indent=1).removesuffix("[]\n}")
+    rows = []
+    for row in result["rows"]:
+        cells = ",\n".join(f"   {json.dumps(name)}: {json.dumps(rounded(cell))}" for name, cell in row["cells"].items())
+        names = json.dumps({name: value for name, value in row.items() if name != "cells"}).removesuffix("}")
+        rows.append(f'  {names}, "cells": {{\n{cells}\n  }}}}')
+    results.write_text(head + "[\n" + ",\n".join(rows) + "\n ]\n}\n")
+    cells = [cell for row in result["rows"] for cell in row["cells"].values()]
+    page.write_text(
+        f"""# Hostile batches
+
+Written by `python -m benchmarks.hostile`; do not edit. All {len(cells)} cells, with the figures of the base beside
+those of the hybrid, are in [`benchmarks/results/hostile.json`](../benchmarks/results/hostile.json).
+
+Three small problems are trained for 400 updates on batches of which some are hostile: dim or bright by a factor, with
+outlying targets, without a sample, mostly padding, of one class or one sample only, hostile in one device's shard
+alone, or of numbers near the end of float32; in the first updates, before a refresh, at the first, the second or at
+every refresh, between two, and ten in a row. The loss is measured on clean samples. The goals are a worst loss of at
+most {WORST:g} times, and an end of at most {END:g} times, that of the base alone on the same batches.
+{sum(map(is_beyond, cells))} of {len(cells)} cells are beyond them.
+
+Where a batch throws the base itself away, its own figures differ by orders of magnitude from seed to seed. So cells
+that are beyond the goals with one seed are measured again with {SEEDS}, base and hybrid, and are the medians of those:
+{sum(cell["seeds"] > 1 for cell in cells)} cells. A base that is lost (infinite) counts as no worse and no better.
+
+{HEAD}
+"""
+        + "\n".join(map(summary, result["rows"]))
+        + "\n"
     )
 
 
@@ -297,12 +350,12 @@ def main() -> None:
     choose("--times", choices=TIMES, default=list(TIMES))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
     arguments = parser.parse_args()
-    print("| problem | base | hybrid | largest ratio of worst losses | of ends | cells beyond the goals |")
-    print("|---|---|---|---|---|---|")
+    print(HEAD)
     rows = measure(arguments, lambda line: print(line, flush=True))
     result = {**machine.describe(sys.argv), "goals": {"worst": WORST, "end": END}, "rows": rows}
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, arguments.out, arguments.page)
 
 
 if __name__ == "__main__":
