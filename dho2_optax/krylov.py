@@ -148,8 +148,8 @@ def extend(
 ) -> LanczosState:
     """Takes ``product = A state.vector`` in and finds the next vector.
 
-    The basis is written once, with values that depend on everything that reads it, and no conditional reads it: else
-    the compiler would copy it, at the cost of several passes.
+    The basis is written at the end, with values that depend on everything that reads it, and no conditional reads it:
+    else the compiler would copy it, at the cost of several passes.
 
     Args:
       state: the process, neither exhausted nor at its last row.
@@ -218,17 +218,10 @@ def extend(
     inverse = jnp.where(usable, 1 / jnp.where(usable, norm, 1), 0)
     new_vector = jax.tree.map(lambda x: jnp.where(usable, inverse.astype(x.dtype) * x, 0), w)
 
-    # Two rows are written, the vector and the next one. After the last product there is no row for that.
-    order = state.projected.shape[0]
-    last = j + 1 >= order
-
-    def write(s: jax.Array, p: jax.Array, q: jax.Array, n: jax.Array) -> jax.Array:
-        # Not a concatenation, which is slow on CPU.
-        is_first = lax.broadcasted_iota(jnp.int32, (min(order, 2), *q.shape), 0) == 0
-        rows = jnp.where(is_first, jnp.where(last, p, q), jnp.where(last, q, n)) if order > 1 else q[None]
-        return lax.dynamic_update_slice_in_dim(s, rows.astype(s.dtype), jnp.where(last, j - 1, j), 0)
-
-    basis = jax.tree.map(write, basis, previous, vector, new_vector)
+    # After the last product there is no row for the new vector: it is overwritten at once. In this order, since the
+    # vector depends on row j as it was.
+    basis = vectors.set_row(basis, jnp.minimum(j + 1, state.projected.shape[0] - 1), new_vector)
+    basis = vectors.set_row(basis, j, vector)
 
     column = jnp.where(breakdown, 0, unit * column).at[j].add(alpha).at[j - 1].add(beta_before)
     return LanczosState(
