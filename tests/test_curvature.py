@@ -201,9 +201,10 @@ def test_microbatches_lower_the_temporary_memory():
         compiled = jax.jit(operator).lower(params, params, batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    activations = 8192 * 64 * 4
-    assert temporaries(hessian(loss)) > activations
-    assert temporaries(hessian(loss, microbatch_size=256)) < activations / 4
+    whole = temporaries(hessian(loss))
+    assert whole > 8192 * 64 * 4
+    # A 32nd, and what does not depend on the batch.
+    assert temporaries(hessian(loss, microbatch_size=256)) < whole / 24
 
 
 @pytest.mark.parametrize("size", [5, 25, 48])

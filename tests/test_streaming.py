@@ -820,7 +820,7 @@ def test_abstract_init(probe_at_anchor):
     assert (abstract.probing.anchor is None) is not probe_at_anchor
 
 
-def test_until_the_first_publication_updates_are_exactly_those_of_the_base():
+def test_until_the_first_publication_updates_are_those_of_the_base():
     data = _still()
     trace = _run(data, _by_batch, max_residual=0.0, warmup_steps=5)
     first = np.flatnonzero(trace.published())[0]
@@ -828,7 +828,10 @@ def test_until_the_first_publication_updates_are_exactly_those_of_the_base():
     alone = jax.jit(lambda x, matrix: jax.tree.map(lambda g: -jnp.float32(_LEARNING_RATE) * g, _gradient(x, matrix)))
     x = _as_vector(START)
     for t in range(first):
-        np.testing.assert_array_equal(trace.updates[t], alone(x, data[t]))
+        wanted = alone(x, data[t])
+        # Another program, which may round differently.
+        atol = 4 * np.finfo(np.float32).eps * np.abs(wanted).max()
+        np.testing.assert_allclose(trace.updates[t], wanted, rtol=0, atol=atol)
         x = trace.params[t]
 
 

@@ -188,7 +188,11 @@ def test_over_an_axis_the_update_is_that_of_the_whole_vector(how):
 
 
 def _uses(hlo, shape):
-    """The opcodes of all instructions of the main computation that read a parameter of this shape."""
+    """The opcodes of all instructions of the main computation that read a parameter of this shape.
+
+    A loop fusion of nothing but one product and elementwise work counts as the product: it reads its operands once.
+    """
+    bodies = dict(re.findall(r"^%([\w.-]+) \(.*?\n(.*?)^}", hlo, re.MULTILINE | re.DOTALL))
     main = re.search(r"^ENTRY .*?^}", hlo, re.MULTILINE | re.DOTALL).group()
     instructions = re.findall(r"%([\w.-]+) = (\S+) ([\w-]+)\((.*)", main)
     names, opcodes = set(), []
@@ -199,6 +203,9 @@ def _uses(hlo, shape):
         elif operands & names and opcode in ("bitcast", "copy"):
             names.add(name)
             opcodes += ["copy"] if opcode == "copy" else []
+        elif operands & names and opcode == "fusion":
+            body = bodies[re.search(r"calls=%([\w.-]+)", rest).group(1)]
+            opcodes.append("dot" if body.count(" dot(") == 1 and " copy(" not in body else opcode)
         elif operands & names:
             opcodes.append(opcode)
     return opcodes

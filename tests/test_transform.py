@@ -399,13 +399,16 @@ def test_an_operator_for_the_eigenvalues_needs_one_for_the_eigenvectors():
         dho2.dho2(optax.sgd(0.1), rayleigh=dho2.hessian(_loss))
 
 
-def test_before_the_first_refresh_updates_are_exactly_those_of_the_base():
+def test_before_the_first_refresh_updates_are_those_of_the_base():
     problem = moving_quadratic()
     trace = _run(problem, warmup_steps=100)
     x = jnp.asarray(as_vector(START))
     alone = jax.jit(lambda x, now: -jnp.float32(_NUMBERS["learning_rate"]) * as_vector(_gradient(x, now)))
     for t in range(_NUM_STEPS):
-        np.testing.assert_array_equal(trace.updates[t], alone(x, problem.steps(t)))
+        wanted = alone(x, problem.steps(t))
+        # Another program, which may round differently.
+        atol = 4 * np.finfo(np.float32).eps * np.abs(wanted).max()
+        np.testing.assert_allclose(trace.updates[t], wanted, rtol=0, atol=atol)
         x = trace.params[t]
     assert trace.metrics["matvecs"][-1] == 0
 
