@@ -23,7 +23,7 @@ from dho2_optax import arguments, counters, eigensolver, plan, segments
 from dho2_optax import curvature as curvature_lib
 from dho2_optax.curvature import LossFn, Operator
 from dho2_optax.eigensolver import Select, Spectrum
-from dho2_optax.metric import Factors, Geometry, Metric, geometry
+from dho2_optax.metric import Factors, Geometry, Metric, OnSegments, geometry
 from dho2_optax.parallel import batch_specs, over_axis, specs_of
 from dho2_optax.refresh import Solver, carrier, in_metric, install, is_sound, warm_start
 from dho2_optax.state import DHO2State, find_state, replace_state
@@ -461,7 +461,8 @@ class CurvatureGroup:
                 return new, segments.whole(new.values, params, axis_name) if elementwise else new.values
 
             def specs(axis_name: str) -> tuple[Any, Any]:
-                base = specs_of(ours.base_state, axis_name) if ours.factors.segmented_base else PartitionSpec()
+                on_segments = isinstance(ours.factors.base, OnSegments)
+                base = specs_of(ours.base_state, axis_name) if on_segments else PartitionSpec()
                 kept = _specs_as_kept(ours, axis_name, elementwise).factors
                 return (kept, base, PartitionSpec()), (kept, PartitionSpec())
 
@@ -638,9 +639,8 @@ def _as_the_optimizer(
     What is made of segments outside of ``shard_map`` does not know over how many devices they are padded. `specs` are
     those of inputs and outputs.
     """
-    sharding = jax.tree.leaves(state.spectrum.eigenvectors)[0].sharding
-    mesh = getattr(sharding, "mesh", None)
-    if axis_name is None or not isinstance(mesh, Mesh):  # that is, on one device without a mesh
+    mesh = getattr(jax.tree.leaves(state.spectrum.eigenvectors)[0].sharding, "mesh", None)
+    if axis_name is None or not isinstance(mesh, Mesh) or axis_name not in mesh.axis_names:  # that is, on one device
         return function
     return over_axis(function, mesh, axis_name, *specs(axis_name))
 

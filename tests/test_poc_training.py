@@ -147,15 +147,15 @@ def digits():
 
 @pytest.mark.parametrize("devices", [2, 4])
 def test_a_streaming_optimizer_probes_in_some_steps_and_refreshes_in_others(digits, devices):
-    spec = training.Spec("mr-dho2", 0.01, devices, 64, 14, rank=2, refresh_interval=8)
+    spec = training.Spec("mr-dho2", 0.01, devices, 64, 22, rank=2, refresh_interval=8)
     program, run = _train(digits, spec)
     assert run.status == "ok"
     assert np.isfinite(run.losses).all()
-    # The first cycle starts in step 1, with Adam's metric, which there is none of before the first gradient. A probe
-    # every other step, four in a cycle; the spectrum is put in use in the step after the last of them.
+    # The first cycle starts in step 9, with Adam's metric, which is one after ten gradients. A probe every other step,
+    # four in a cycle; the spectrum is put in use in the step after the last of them.
     assert run.counters["matvecs"] == len(run.probe_steps) == 6
-    assert run.probe_steps == [2, 4, 6, 8, 11, 13]  # the next cycle starts in step 10
-    assert 9 in run.refresh_steps
+    assert run.probe_steps == [10, 12, 14, 16, 19, 21]  # the next cycle starts in step 18
+    assert 17 in run.refresh_steps
     assert run.counters["refreshes"] == len(run.refresh_steps)
     footprint = program.footprint
     # Every step averages the gradient and gathers the update, a probe averages a product besides.

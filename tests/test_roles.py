@@ -211,7 +211,7 @@ def _train_small(base, mesh=None, group_size=1, in_shard_map=False):
         init = jax.shard_map(init, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False)
         step = jax.shard_map(step, mesh=mesh, in_specs=(P(), specs, P()), out_specs=(P(), specs), check_vma=False)
     state, step = jax.jit(init)(params), jax.jit(step)
-    options = {"rank": 2, "order": 6, "interval": 3, "deterministic": True}
+    options = {"rank": 2, "order": 6, "interval": 3, "deterministic": True, "metric": options.get("metric")}
     with dho2.CurvatureGroup(_small_loss, devices=jax.devices()[-group_size:], **options) as group:
         for _ in range(10):
             params, state = step(params, state, batch)

@@ -86,7 +86,7 @@ def test_a_state_comes_back_equal_and_the_run_goes_on(name, tmp_path):
         return optax.apply_updates(params, updates), state
 
     params, state = _PARAMS, tx.init(_PARAMS)
-    for _ in range(7):
+    for _ in range(20):
         params, state = step(params, state)
     assert dho2.metrics(state)["refreshes"] >= 1
     expected = step(params, state)

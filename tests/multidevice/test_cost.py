@@ -126,8 +126,9 @@ def test_inner_products_are_a_few_numbers():
     ]
     assert {found.op for found in small} == {"all-reduce"}
     in_step = [found for found in small if not found.in_branch and not found.in_loop]
-    # The second with the squares of the base's update and momentum, which its learning rate is found from.
-    assert [array.shape for found in in_step for array in found.arrays] == [(RANK,), (RANK + 2,)]
+    # The first with the square of the gradient, whose length tells outliers. The second with those of the base's update
+    # and momentum, which its learning rate is found from.
+    assert [array.shape for found in in_step for array in found.arrays] == [(RANK + 1,), (RANK + 2,)]
     # The largest when eigenvectors change: those of an old spectrum times those of a new one, and one vector more.
     assert all(found.bytes <= 4 * RANK * (RANK + 1) for found in small)
 
