@@ -56,7 +56,12 @@ def inverse_eigenvalues(spectrum: Spectrum, damping: Damping, least: ArrayLike =
 
 
 def base_scale(
-    spectrum: Spectrum, num_smallest: int, limit: ArrayLike, tolerable: ArrayLike = jnp.inf, missed: ArrayLike = 0
+    spectrum: Spectrum,
+    num_smallest: int,
+    limit: ArrayLike,
+    tolerable: ArrayLike = jnp.inf,
+    missed: ArrayLike = 0,
+    least: ArrayLike = 0,
 ) -> jax.Array:
     r"""The factor of the base's step.
 
@@ -73,9 +78,10 @@ def base_scale(
     care of the steepest direction, which may then grow steeper than that, and the rule would let the base outrun the
     curvature that is left. `tolerable` is what the base does tolerate. And it takes for granted that eigenvectors stay
     what they are until the next refresh, and that all of large eigenvalue have been found: `missed`, from
-    :func:`missed_curvature`, is what came of that the last time.
+    :func:`missed_curvature`, is what came of that the last time. Eigenvalues count as at least `least`.
     """
     magnitude = jnp.abs(spectrum.eigenvalues[num_smallest:])
+    magnitude = jnp.where(magnitude > 0, jnp.maximum(magnitude, jnp.asarray(least, magnitude.dtype)), 0)
     residuals = spectrum.residuals[num_smallest:]
     mask = spectrum.mask[num_smallest:] & (magnitude > 0)
     largest = jnp.max(jnp.where(mask, magnitude, 0), initial=0)
@@ -131,14 +137,14 @@ def rotate_state(
     eigenvalue. Applies to every floating-point leaf of length ``k``; counters and the like stay, and a number that is
     not finite counts as zero.
 
-    `least` is what the old eigenvalues counted as at least. With `carry`, a change of metric,
+    `least` is what eigenvalues count as at least. With `carry`, a change of metric,
     :math:`R = V_\text{new}\, \text{carry}\, V_\text{old}^\top`.
     """
     num_pairs = new.eigenvalues.shape[0]
     before = after = 1.0
     if damping is not None:
         before = inverse_eigenvalues(old, damping, least)
-        scale = inverse_eigenvalues(new, damping)
+        scale = inverse_eigenvalues(new, damping, least)
         after = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
 
     def rotate(leaf: jax.Array) -> jax.Array:
@@ -165,7 +171,8 @@ class Bounds(NamedTuple):
 
     And whatever eigenvalue a batch has led to, the Newton step goes no further along its vector than the base would go
     by itself along a gradient that lasts: eigenvalues count as at least `least`, :math:`\alpha / \eta`, with
-    :math:`\eta` the learning rate of the base in its metric, see :func:`tolerable_curvature`.
+    :math:`\eta` the learning rate of the base in its metric, see :func:`tolerable_curvature`. Pairs below that, along
+    which the base goes further than the Newton step would, are the base's.
     """
 
     usual: jax.Array  # shape=(): length that gradients have of late, whatever single batches say; 0 before the first
@@ -239,11 +246,12 @@ def hybrid_step(
     """
     eigenvectors = spectrum.eigenvectors
     coordinates, square = _dots_and_squares(eigenvectors, geometry.half(gradient), [gradient], axis_name)
-    trusted = jnp.all(jnp.isfinite(coordinates))
+    kept = trusted = jnp.all(jnp.isfinite(coordinates))
     if bounds is not None:
         bounds = bounds.after(jnp.sqrt(square[0]))
         trusted = trusted & bounds.trust()
-    coordinates = jnp.where(trusted, coordinates, 0)
+        kept = trusted & (jnp.abs(spectrum.eigenvalues) >= bounds.least)
+    coordinates = jnp.where(kept, coordinates, 0)
     newton, new_state = subspace.update(coordinates, subspace_state)
     subspace_state = jax.tree.map(lambda new, old: jnp.where(trusted, new, old), new_state, subspace_state)
 
@@ -255,7 +263,7 @@ def hybrid_step(
     momentum = momentum_of(base_state, complement)
     lengths = [flat_update, geometry.half(momentum.vector)]
     inside, squares = _dots_and_squares(eigenvectors, flat_update, lengths, axis_name)
-    inside = jnp.where(trusted & jnp.isfinite(inside), inside, 0)
+    inside = jnp.where(kept & jnp.isfinite(inside), inside, 0)
     tolerable = tolerable_curvature(squares[0], squares[1], momentum.limit)
     sigma = scale(tolerable)
 
@@ -266,7 +274,7 @@ def hybrid_step(
         pace, newton_pace = momentum.limit * gain(momentum.limit) / tolerable, alpha * gain(limit_of(subspace_state))
         least = jnp.where(jnp.isfinite(tolerable), newton_pace / pace, bounds.least).astype(bounds.least.dtype)
         bounds = bounds._replace(least=least)
-    newton = jnp.where(trusted, jnp.asarray(newton), 0) * inverse_eigenvalues(spectrum, damping, least)
+    newton = jnp.where(kept, jnp.asarray(newton), 0) * inverse_eigenvalues(spectrum, damping, least)
     correction = geometry.half(vectors.combine(sigma * inside + alpha * newton, eigenvectors))
 
     def assemble(d: jax.Array, v: jax.Array) -> jax.Array:

@@ -76,8 +76,8 @@ def dho2(
 
     No batch does more harm than to `base` alone. A gradient of more than four times its usual length is `base`'s, and
     so is the update, until a momentum has forgotten it. Along an eigenvector the Newton step goes no further than
-    `base` would by itself, whatever eigenvalue a batch has led to: with the learning rate :math:`\eta` of `base`,
-    eigenvalues count as at least :math:`\alpha / \eta`.
+    `base` would by itself, whatever eigenvalue a batch has led to: with the learning rate :math:`\eta` of `base`, pairs
+    with an eigenvalue below :math:`\alpha / \eta` are `base`'s.
 
     ``update`` takes, besides gradients, state and parameters:
 
@@ -791,6 +791,7 @@ def _hybrid(
                 scale_limit,
                 sharpness_limit * tolerable,
                 jnp.where(jnp.isinf(sharpness_limit), 0, state.missed),
+                0.0 if state.bounds is None else state.bounds.least,
             )
             return jnp.minimum(target, state.sigma * scale_growth).astype(state.sigma.dtype)
 

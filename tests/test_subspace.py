@@ -467,6 +467,28 @@ def test_along_an_eigenvector_the_newton_step_goes_no_further_than_the_base(base
     np.testing.assert_allclose(step.bounds.least, least, rtol=1e-4)
 
 
+def test_pairs_along_which_the_base_goes_further_are_the_bases():
+    base, ema = optax.sgd(0.1), optax.ema(0.9, debias=False)
+    rows, gradient = _rows(), _gradient(4)
+    step = _bounded_step(
+        unflatten(gradient, _LIKE), _bounds(usual=100, least=4), ema.init(jnp.zeros(4)), base.init(_LIKE), 0.1,
+        _spectrum(rows), base=base, subspace_tx=ema,
+    )  # fmt: skip
+    # Of the eigenvalues 8, -5 and 2 the last is; the scale of the base is 2 here.
+    along = rows @ gradient
+    expected = np.array([-0.1 * 0.1 * along[0] / 8, -0.1 * 0.1 * along[1] / 5, 0, -2 * 0.1 * along[3]])
+    np.testing.assert_allclose(rows @ flat(step.update), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(step.subspace_state.ema, 0.1 * along * [1, 1, 0, 0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_scale_is_not_read_off_eigenvalues_that_are_the_bases():
+    """Those of a batch that was dim differ by as much as right ones, and say nothing."""
+    dim = _numbers([3e-4, 1e-4])
+    np.testing.assert_allclose(subspace.base_scale(dim, 0, 10.0), 3, rtol=1e-5)
+    np.testing.assert_allclose(subspace.base_scale(dim, 0, 10.0, least=1.0), 1)
+    np.testing.assert_allclose(subspace.base_scale(_numbers([6.0, 1e-4]), 0, 10.0, least=2.0), 3, rtol=1e-5)
+
+
 def test_a_newton_step_that_was_bounded_is_carried_over_as_it_was():
     """Else a momentum that stood over an eigenvalue that was far too small would come out of a refresh enormous."""
     rows = _rows(np.ones(4, bool))

@@ -178,11 +178,11 @@ class DenseOptimizer:
         self.values, self.rows = values[index], columns.T[index]
         known = self.rows.T @ np.diag(np.abs(self.values)) @ self.rows
         self.missed = 0.0 if self.published_rule else np.linalg.norm(outside @ known @ outside, 2)
-        new_scale = self.magnitudes() if not self.published_rule else np.ones(len(self.values))
+        new_scale = self.magnitudes(self.least) if not self.published_rule else np.ones(len(self.values))
         self.momentum = new_scale * (self.rows @ carried)
 
     def sigma(self):
-        sizes = np.abs(self.values[self.num_smallest :])
+        sizes = np.maximum(np.abs(self.values[self.num_smallest :]), self.least)
         limit = max(self.numbers["base_scale_limit"], 1)
         if not sizes.size:
             return 1.0
@@ -192,17 +192,20 @@ class DenseOptimizer:
         return float(np.clip(min(sizes.max(), tolerable) / max(sizes.min(), self.missed), 1, limit))
 
     def update(self, gradient, alpha):
-        coordinates = self.rows @ gradient
+        # Pairs along which the base goes further than the Newton step would are the base's.
+        kept = np.abs(self.values) >= self.least
+        coordinates = np.where(kept, self.rows @ gradient, 0)
         self.momentum = self.keep(self.momentum, coordinates, self.numbers["decay"])
         self.trace = gradient - self.rows.T @ coordinates + self.base_momentum * self.trace
         base = -self.numbers["learning_rate"] * self.trace
-        outside = base - self.rows.T @ (self.rows @ base)
+        outside = base - self.rows.T @ np.where(kept, self.rows @ base, 0)
         # The Newton step goes no further than the base would along a gradient that lasts.
+        sigma = self.sigma()
         base_gain = 10 if self.base_momentum else 1
         if not self.published_rule:
             self.least = alpha * self.subspace_gain / (base_gain * self.numbers["learning_rate"])
-        newton = self.rows.T @ (self.momentum / self.magnitudes(self.least)) if self.values.size else 0
-        self.scale = min(self.sigma(), self.scale * self.numbers["base_scale_growth"])
+        newton = self.rows.T @ (kept * self.momentum / self.magnitudes(self.least)) if self.values.size else 0
+        self.scale = min(sigma, self.scale * self.numbers["base_scale_growth"])
         return self.scale * outside - alpha * newton
 
     def is_due(self, t):
