@@ -24,7 +24,7 @@ _SPECTRUM = np.array([10.0, 6.0, 2.0, 1.0, 0.5, 0.3, 0.2, 0.1])
 _OPTIONS = {
     "rank": 2,
     "order": _N,
-    "alpha": 0.3,
+    "alpha": 0.1,
     "refresh_interval": 2,
     "tolerance": 0.0,
     "base_scale_growth": 100.0,
