@@ -121,7 +121,8 @@ def _sharded(tree: Any, mesh: Any, spec: Any) -> Any:
 
 
 def test_there_is_a_recipe_for_each_part():
-    assert list(_SECTIONS) == ["Weight decay", "Gradient clipping", "BatchNorm", "Dropout", "Your own shard_map"]
+    parts = ["Weight decay", "Gradient clipping", "BatchNorm", "Dropout", "Your own shard_map"]
+    assert list(_SECTIONS) == [*parts, "When no pair is active"]
 
 
 @pytest.mark.parametrize(
@@ -179,9 +180,13 @@ def test_decay_in_the_base_leaves_the_subspace_out_and_is_scaled_outside():
     params = _away_from_zero(names["params"])
     gradient = jax.tree.map(jnp.ones_like, params)
     state = names["state"][0]
-    # With the scale that the eigenvalues alone ask for, so that it is the same with and without decay.
+    # A gradient of usual length, and all pairs in use.
+    state = state._replace(bounds=state.bounds._replace(usual=jnp.float32(100), least=jnp.float32(0)))
+    # With the scale that the eigenvalues alone ask for, so that it is the same with and without decay, and a Newton
+    # step that is shorter than the base's, which would bound it.
     options: dict[str, Any] = {
         "rank": 4,
+        "alpha": 1e-4,
         "refresh_interval": None,
         "sharpness_limit": np.inf,
         "base_scale_growth": np.inf,
@@ -311,7 +316,7 @@ def test_running_statistics_move_once_per_update():
     expected = jax.jit(lambda params, stats: names["loss_fn"](params, batch, stats)[1])
     for tx, step in (("tx", "step"), ("streaming", "streaming_step")):
         params, stats, state = names["params"], names["batch_stats"], names[tx].init(names["params"])
-        for _ in range(20):
+        for _ in range(28):  # streaming begins after ten
             before = params, stats
             params, state, stats, _ = names[step](params, state, stats, batch)
             np.testing.assert_allclose(flat(stats), flat(expected(*before)), rtol=1e-5)
