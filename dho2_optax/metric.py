@@ -336,10 +336,10 @@ class Momentum(NamedTuple):
     limit: float  # of eta lambda
 
 
-_BETA = 0.9
+BETA = 0.9
 PLAIN_LIMIT = 2.0  # no momentum
-_SUM_LIMIT = 2 * (1 + _BETA)  # kappa = 1: heavy ball
-_MEAN_LIMIT = _SUM_LIMIT / (1 - _BETA)  # kappa = 1 - beta: Adam
+_SUM_LIMIT = 2 * (1 + BETA)  # kappa = 1: heavy ball
+_MEAN_LIMIT = _SUM_LIMIT / (1 - BETA)  # kappa = 1 - beta: Adam
 
 _MOMENTA: dict[str, Callable[[Any], tuple[Any, float]]] = {
     "ScaleByAdamState": lambda state: (state.mu, _MEAN_LIMIT),
@@ -364,7 +364,7 @@ def momentum(base_state: Any, like: Vector) -> Momentum | None:
 
 def gain(limit: float) -> float:
     r"""How far a momentum of this `limit` carries a gradient that lasts, :math:`\kappa / (1 - \beta)`."""
-    return 1 / (1 - _BETA) if limit == _SUM_LIMIT else 1.0
+    return 1 / (1 - BETA) if limit == _SUM_LIMIT else 1.0
 
 
 def limit_of(state: Any) -> float:

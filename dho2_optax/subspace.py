@@ -30,7 +30,7 @@ import optax
 
 from dho2_optax import vectors
 from dho2_optax.eigensolver import Spectrum
-from dho2_optax.metric import EUCLIDEAN, PLAIN_LIMIT, Geometry, Momentum, gain, limit_of
+from dho2_optax.metric import BETA, EUCLIDEAN, PLAIN_LIMIT, Geometry, Momentum, gain, limit_of
 from dho2_optax.vectors import Vector
 
 ArrayLike = jax.typing.ArrayLike
@@ -159,7 +159,6 @@ def rotate_state(
 
 
 _OUTLIER = 4.0  # how many times its usual length a gradient may have
-_DECAY = 0.9  # of what a base's momentum keeps of a gradient, see `metric.Momentum`
 _PACE = 0.1  # by how much the logarithm of the usual length follows
 
 
@@ -192,7 +191,7 @@ class Bounds(NamedTuple):
         start = jnp.where(self.usual > 0, self.usual, now)
         moved = start * jnp.exp(_PACE * jnp.clip(jnp.log(now / start), -1, 1))
         largest = jnp.sqrt(jnp.finfo(length.dtype).max)  # beyond it the square overflows
-        peak = jnp.maximum(jnp.nan_to_num(length, nan=0.0, posinf=largest), _DECAY * self.peak)
+        peak = jnp.maximum(jnp.nan_to_num(length, nan=0.0, posinf=largest), BETA * self.peak)
         return self._replace(usual=jnp.where(known, moved, self.usual), peak=peak)
 
     def trust(self) -> jax.Array:
