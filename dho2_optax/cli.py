@@ -143,6 +143,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODULE:FUNCTION",
         help="in place of these, your own: a function that returns a dho2_optax.poc.tasks.Task",
     )
+    _add_training_options(poc)
+    report = poc.add_argument_group("report")
+    report.add_argument(
+        "--target",
+        type=_finite,
+        metavar="LOSS",
+        help="training loss that counts as done (default: what the best first-order optimizer ends at)",
+    )
+    report.add_argument("--out", type=Path, default=Path("poc-report"), metavar="DIR", help="default poc-report")
+    report.add_argument("--overwrite", action="store_true", help="replace the report that --out holds")
+    report.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    return parser
+
+
+def _add_training_options(poc: argparse.ArgumentParser) -> None:
     how = poc.add_argument_group("how to train it")
     how.add_argument(
         "--optimizers",
@@ -187,17 +202,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help="steps between refreshes of the curvature (default 50)",
     )
-    report = poc.add_argument_group("report")
-    report.add_argument(
-        "--target",
-        type=_finite,
-        metavar="LOSS",
-        help="training loss that counts as done (default: what the best first-order optimizer ends at)",
-    )
-    report.add_argument("--out", type=Path, default=Path("poc-report"), metavar="DIR", help="default poc-report")
-    report.add_argument("--overwrite", action="store_true", help="replace the report that --out holds")
-    report.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    return parser
 
 
 def _names(text: str) -> tuple[str, ...]:
