@@ -5,7 +5,7 @@
 A network is trained; then, at each batch size, eigenpairs are found
 
 * by a Lanczos process on one batch (`dho2`),
-* the same, with the eigenvalues taken anew on another batch of that size (`dho2(rayleigh=...)`),
+* the same, with the eigenvalues taken anew on another batch of that size (`rayleigh=`),
 * by a Lanczos process with a batch of its own for every product (`mr_dho2`, at parameters that stand still).
 
 The truth about an eigenvalue is the Rayleigh quotient of its own vector on all samples; given is the ratio of the sums,

@@ -105,10 +105,9 @@ def measure(repeats: int) -> dict[str, Any]:
         optax.adam(1e-3),
         loss_fn,
         rank=RANK,
-        order=ORDER,
-        tolerance=0.0,
-        max_residual=jnp.inf,
+        batch_size=None,
         metric=None,
+        eigensolver=dho2.Eigensolver(order=ORDER, tolerance=0.0, max_residual=jnp.inf),
     )
     never = Updater(hybrid(refresh_interval=10**8, warmup_steps=10**8), params, grads, batch)
     always = Updater(hybrid(refresh_interval=1), params, grads, batch)

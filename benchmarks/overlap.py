@@ -49,11 +49,11 @@ def measure(form: str, num_training: int, num_curvature: int, repeats: int) -> d
     host_batch = (rng.normal(size=(280, 784)).astype(np.float32), (np.arange(280) % 10).astype(np.int32))
     batch = jax.device_put(host_batch, NamedSharding(mesh, P("data")))
     start = jax.device_put(init_params(jax.random.key(0)), NamedSharding(mesh, P()))
-    common: dict[str, Any] = {"rank": RANK, "order": ORDER, "tolerance": 0.0}
-    placed = {"mesh": mesh, "axis_name": "data"} if num_training > 1 else {}
+    common: dict[str, Any] = {"rank": RANK, "eigensolver": dho2.Eigensolver(order=ORDER, tolerance=0.0)}
+    split = dho2.Split("data", mesh=mesh) if num_training > 1 else None
 
     def compiled(tx: Any, streaming: bool) -> tuple[Any, Any]:
-        probing = dho2.value_grad_and_hvp(loss_fn)
+        probing = dho2.value_grad_and_hvp(loss_fn, batch_size=None)
 
         def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
             if streaming:
@@ -81,13 +81,14 @@ def measure(form: str, num_training: int, num_curvature: int, repeats: int) -> d
         return time.perf_counter() - begin
 
     base = optax.adam(1e-3)
-    never = compiled(dho2.dho2(base, refresh_interval=None, **common, **placed), streaming=False)
+    never = compiled(dho2.dho2(base, refresh_interval=None, split=split, **common), streaming=False)
     if form == "roles":
         group = dho2.CurvatureGroup(
             loss_fn,
             devices=devices[num_training : num_training + num_curvature],
             interval=INTERVAL,
             deterministic=True,
+            batch_size=None,
             **common,
         )
         kinds = {
@@ -96,8 +97,10 @@ def measure(form: str, num_training: int, num_curvature: int, repeats: int) -> d
             "together": lambda: train(never, group),
         }
     else:
-        streamed = compiled(dho2.mr_dho2(base, probe_interval=INTERVAL // ORDER, **common, **placed), streaming=True)
-        always = compiled(dho2.dho2(base, loss_fn, refresh_interval=1, **common, **placed), streaming=False)
+        streamed = compiled(dho2.mr_dho2(base, probe_interval=INTERVAL // ORDER, split=split, **common), streaming=True)
+        always = compiled(
+            dho2.dho2(base, loss_fn, refresh_interval=1, batch_size=None, split=split, **common), streaming=False
+        )
         num_refreshes = NUM_STEPS // INTERVAL
         kinds = {
             "steps alone": lambda: train(never),

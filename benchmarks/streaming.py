@@ -29,11 +29,13 @@ from jax.flatten_util import ravel_pytree
 
 import dho2_optax as dho2
 from benchmarks import machine, problems
+from benchmarks.options import grouped
 from benchmarks.problems import Problem
 from dho2_optax import curvature, eigensolver
 
 RANK = 8
 ORDER = 16
+_EXACT = dho2.Eigensolver(order=ORDER, tolerance=0.0)
 _PRETRAINING = 1000  # steps of `captured` before the first probe
 _CAPTURED_SETTINGS = (
     ("hybrid training", 512, {"probe_interval": 4}),
@@ -51,7 +53,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def make_step(problem: Problem, tx: Any, streaming: bool, **probe_options: Any) -> Callable[..., Any]:
     """A donated training step ``(params, state, batch) -> (params, state, loss)``, not compiled yet."""
-    probing = dho2.value_grad_and_hvp(problem.loss_fn, **probe_options)
+    probing = dho2.value_grad_and_hvp(problem.loss_fn, **{"batch_size": None, **probe_options})
 
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
         if streaming:
@@ -105,7 +107,8 @@ def _captured(arguments: argparse.Namespace, name: str, batch_size: int, options
 
 
 def _captured_run(problem: Problem, exact_batch: Any, seed: int, num_cycles: int, options: dict[str, Any]) -> Any:
-    tx = dho2.mr_dho2(optax.adam(1e-3), rank=RANK, order=ORDER, tolerance=0.0, warmup_steps=_PRETRAINING, **options)
+    options = grouped(rank=RANK, warmup_steps=_PRETRAINING, **options)
+    tx = dho2.mr_dho2(optax.adam(1e-3), eigensolver=_EXACT, **options)
     step = make_step(problem, tx, streaming=True)
     params = problem.init(jax.random.key(seed))
     state = tx.init(params)
@@ -325,17 +328,18 @@ def step_times(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     problem = problems.mlp(arguments.data, hidden=(1024, 256), batch_size=256)
     base = functools.partial(optax.adam, 1e-3)
-    common = {"rank": RANK, "order": ORDER, "tolerance": 0.0}
+    common: dict[str, Any] = {"rank": RANK, "eigensolver": _EXACT}
+    whole: dict[str, Any] = {"batch_size": None, **common}
     variants = {
         "plain Adam": (optax.with_extra_args_support(base()), False, {}),
         "synchronous, a product every 4 steps": (
-            dho2.dho2(base(), problem.loss_fn, refresh_interval=64, warmup_steps=1, **common),
+            dho2.dho2(base(), problem.loss_fn, refresh_interval=64, warmup_steps=1, **whole),
             False,
             {},
         ),
         "streaming, probe_interval=4": (dho2.mr_dho2(base(), probe_interval=4, **common), True, {}),
         "synchronous, a product every step": (
-            dho2.dho2(base(), problem.loss_fn, refresh_interval=17, warmup_steps=1, **common),
+            dho2.dho2(base(), problem.loss_fn, refresh_interval=17, warmup_steps=1, **whole),
             False,
             {},
         ),
@@ -420,7 +424,7 @@ def _probe_cost(problem: Problem, repeats: int) -> dict[str, float]:
     state = tx.init(params)
     batch = next(problems.batches(problem, 0))
     gradient = jax.jit(jax.value_and_grad(problem.loss_fn))
-    probe = jax.jit(dho2.value_grad_and_hvp(problem.loss_fn))
+    probe = jax.jit(dho2.value_grad_and_hvp(problem.loss_fn, batch_size=None))
     functions = {"gradient": lambda: gradient(params, batch), "probe": lambda: probe(params, state, batch)}
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(10 * repeats):
@@ -455,8 +459,10 @@ def _budget(problem: Problem, arguments: argparse.Namespace) -> dict[str, Any]:
         schedule = optax.warmup_cosine_decay_schedule(rate / warmup, rate, warmup, arguments.steps)
         base = optax.adam(schedule)
         if name == "synchronous":
-            return dho2.dho2(base, problem.loss_fn, rank=RANK, order=ORDER, tolerance=0.0, refresh_interval=64), False
-        return dho2.mr_dho2(base, rank=RANK, order=ORDER, tolerance=0.0, probe_interval=4), True
+            return dho2.dho2(
+                base, problem.loss_fn, rank=RANK, refresh_interval=64, batch_size=None, eigensolver=_EXACT
+            ), False
+        return dho2.mr_dho2(base, rank=RANK, probe_interval=4, eigensolver=_EXACT), True
 
     grid: dict[str, dict[float, float]] = {"synchronous": {}, "streaming": {}}
     for name, losses in grid.items():

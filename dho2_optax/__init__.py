@@ -7,6 +7,7 @@ from dho2_optax.kronecker import shampoo, soap
 from dho2_optax.metric import Metric
 from dho2_optax.monitor import get_spectrum as spectrum
 from dho2_optax.monitor import metrics
+from dho2_optax.options import BaseScale, Eigensolver, Newton, Split
 from dho2_optax.parallel import state_specs
 from dho2_optax.roles import CurvatureGroup
 from dho2_optax.state import DHO2State
@@ -14,11 +15,15 @@ from dho2_optax.streaming import value_grad_and_hvp
 from dho2_optax.transform import MultiSteps, dho2, fosi, mr_dho2
 
 __all__ = [
+    "BaseScale",
     "CurvatureGroup",
     "DHO2State",
+    "Eigensolver",
     "Metric",
     "MultiSteps",
+    "Newton",
     "Spectrum",
+    "Split",
     "__version__",
     "dho2",
     "fosi",

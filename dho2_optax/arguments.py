@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-STATIC_HINT = "(With `optax.inject_hyperparams`, name it in `static_args`.)"
+INJECTION_HINT = "(With `optax.inject_hyperparams`, inject into a function of the hyperparameters that calls this one.)"
 _INT32_MAX = 2**31 - 1
 
 Allowed = Literal["positive", "non-negative", "at least 1", "in [0, 1)"]
@@ -75,20 +75,30 @@ def check_numbers(
             raise ValueError(f"`{name}` must be a {allowed} integer below 2**31, got {value!r}.")
 
 
-def check_sizes(**values: Any) -> None:
-    """Raises ValueError for what is neither a positive Python int nor None."""
+def check_sizes(*, auto: bool = False, **values: Any) -> None:
+    """Raises ValueError for what is neither a positive Python int nor None, nor, where it is allowed, ``"auto"``."""
     for name, value in values.items():
-        if value is not None and not is_int(value):
-            raise ValueError(f"`{name}` must be a Python int or None, got {value!r}.")
-        if value is not None and value <= 0:
+        if value is None or (auto and isinstance(value, str) and value == "auto"):
+            continue
+        if not is_int(value):
+            others = ", 'auto'" if auto else ""
+            raise ValueError(f"`{name}` must be a Python int{others} or None, got {value!r}.")
+        if int(value) <= 0:
             raise ValueError(f"`{name}` must be positive, got {value!r}.")
+
+
+def check_flags(**values: Any) -> None:
+    """Raises ValueError for what is neither True nor False."""
+    for name, value in values.items():
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"`{name}` must be True or False, got {value!r}.")
 
 
 def check_functions(*, optional: bool = False, **values: Any) -> None:
     """Raises ValueError for what is not callable; None is let pass where it is `optional`."""
     for name, value in values.items():
         if not callable(value) and not (value is None and optional):
-            raise ValueError(f"`{name}` must be callable, got {value!r}. {STATIC_HINT}")
+            raise ValueError(f"`{name}` must be callable, got {value!r}. {INJECTION_HINT}")
 
 
 def check_transformations(**values: Any) -> None:

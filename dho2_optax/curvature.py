@@ -2,9 +2,13 @@
 
 An *operator* is a function ``(params, vector, batch) -> vector``. :func:`hessian` and :func:`gauss_newton` build
 them from a loss; anything with that signature may take their place. An operator knows nothing of devices:
-:func:`local_operand` and :func:`segmented_matvec` apply it to the local shard of a batch and average.
+:func:`segmented_matvec` applies it to the local shard of a batch and averages.
 """
 
+# With it, `help` shows signatures as they are written here.
+from __future__ import annotations
+
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -19,6 +23,7 @@ from dho2_optax.vectors import Vector
 Batch = Any
 LossFn = Callable[..., Any]  # (params, batch) -> loss, or (loss, aux)
 Operator = Callable[[Vector, Vector, Batch], Vector]
+BatchSize = Literal["auto"] | int | None
 Mode = Literal["forward-over-reverse", "reverse-over-reverse"]
 
 _MODES = ("forward-over-reverse", "reverse-over-reverse")
@@ -234,6 +239,60 @@ def _accumulate(product: Operator, params: Vector, vector: Vector, batch: Batch,
     chunks = [x.reshape(num_chunks, microbatch_size, *x.shape[1:]) for x in sampled]
     total, _ = lax.scan(add_chunk, zero, chunks)
     return jax.tree.map(lambda t, v: (t / num_chunks).astype(v.dtype), total, vector)
+
+
+_AUTO_PART = 8  # products are made on one of so many parts of the batch
+_AUTO_LEAST = 128  # and on no fewer samples, over all devices
+
+
+def part_size(batch: Batch, batch_size: BatchSize, axis_name: str | None) -> int | None:
+    """On how many of the leading samples of a batch products are made; None: on all of them.
+
+    ``"auto"`` is an eighth of the batch, at least 128 samples over all devices, and the whole batch where that is not
+    larger, or where its arrays have no common leading axis. A number is taken as it is.
+
+    Args:
+      batch: the local shard of the batch.
+      batch_size: what the user said.
+      axis_name: the mesh axis that the batch is split over, or None.
+
+    Example:
+      >>> [part_size(jnp.zeros(n), "auto", None) for n in (128, 129, 2000)]
+      [None, 128, 250]
+    """
+    if batch_size != "auto":
+        return batch_size
+    sampled = [x for x in jax.tree.leaves(batch) if jnp.ndim(x)]
+    lengths = {jnp.shape(x)[0] for x in sampled}
+    if len(lengths) != 1:
+        return None
+    num_devices = 1 if axis_name is None else segments.bound_axis_size(axis_name) or 1
+    (length,) = lengths
+    size = max(length // _AUTO_PART, -(-_AUTO_LEAST // num_devices))
+    # Where axes are explicit, JAX cuts a sharded one in equal parts only.
+    shards = math.lcm(*(_leading_shards(x) for x in sampled))
+    size = -(-size // shards) * shards
+    return size if size < length else None
+
+
+def hessian_on_part(loss_fn: LossFn, *, has_aux: bool, batch_size: BatchSize, axis_name: str | None) -> Operator:
+    """:func:`hessian` on the :func:`part_size` of the batch that it is called with."""
+
+    def operator(params: Vector, vector: Vector, batch: Batch) -> Vector:
+        size = part_size(batch, batch_size, axis_name)
+        return hessian(loss_fn, has_aux=has_aux, batch_size=size)(params, vector, batch)
+
+    return operator
+
+
+def _leading_shards(x: Any) -> int:
+    """In how many parts the leading axis of an array is explicitly sharded."""
+    if not vectors.is_explicitly_sharded(x):
+        return 1
+    sharding = jax.typeof(x).sharding
+    leading = sharding.spec[0]
+    names = leading if isinstance(leading, tuple) else () if leading is None else (leading,)
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def segmented_matvec(

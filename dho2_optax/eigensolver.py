@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dho2_optax import arguments, krylov, segments, vectors
-from dho2_optax.arguments import STATIC_HINT, is_int
+from dho2_optax.arguments import INJECTION_HINT, is_int
 from dho2_optax.krylov import LanczosState, RitzPairs
 from dho2_optax.vectors import Stack, Vector
 
@@ -30,13 +30,9 @@ class Spectrum(NamedTuple):
     mask: jax.Array  # shape=(k,), dtype=bool: pairs that may be used
 
 
-def check_selection(rank: Any, num_smallest: Any, order: Any, select: Any) -> None:
-    """Raises ValueError unless the arguments describe a selection of eigenpairs."""
-    for name, value, least in (("rank", rank, 0), ("num_smallest", num_smallest, 0)):
-        if not is_int(value) or value < least:
-            raise ValueError(f"`{name}` must be a Python int of at least {least}, got {value!r}. {STATIC_HINT}")
-    if rank + num_smallest == 0:
-        raise ValueError("`rank` must be positive, got 0.")
+def check_search(num_smallest: Any, order: Any, select: Any) -> None:
+    """Raises ValueError unless the arguments describe a selection of eigenpairs for some `rank`."""
+    _check_count(num_smallest=num_smallest)
     if select not in _SELECTIONS:
         raise ValueError(f"`select` must be one of {_SELECTIONS}, got {select!r}.")
     if num_smallest and select == "magnitude":
@@ -44,10 +40,25 @@ def check_selection(rank: Any, num_smallest: Any, order: Any, select: Any) -> No
             f"`num_smallest` needs select='algebraic', got {num_smallest} with select='magnitude', which "
             "already takes the most negative eigenvalues where they are large."
         )
-    if order is not None and (not is_int(order) or order < rank + num_smallest):
-        raise ValueError(
-            f"`order` must be an int of at least rank + num_smallest = {rank + num_smallest}, got {order!r}."
-        )
+    if order is not None and (not is_int(order) or order < 1):
+        raise ValueError(f"`order` must be a positive Python int or None, got {order!r}. {INJECTION_HINT}")
+
+
+def check_selection(rank: Any, num_smallest: Any, order: Any, select: Any) -> None:
+    """Raises ValueError unless the arguments describe a selection of eigenpairs."""
+    _check_count(rank=rank)
+    check_search(num_smallest, order, select)
+    pairs = rank + num_smallest
+    if pairs == 0:
+        raise ValueError("`rank` must be positive, got 0.")
+    if order is not None and order < pairs:
+        raise ValueError(f"`order` must be an int of at least rank + num_smallest = {pairs}, got {order!r}.")
+
+
+def _check_count(**values: Any) -> None:
+    for name, value in values.items():
+        if not is_int(value) or value < 0:
+            raise ValueError(f"`{name}` must be a Python int of at least 0, got {value!r}. {INJECTION_HINT}")
 
 
 def zero_spectrum(num_pairs: int, like: Vector, dtype: Any = None) -> Spectrum:

@@ -30,7 +30,7 @@ import optax
 from jax import lax
 
 from dho2_optax import counters
-from dho2_optax.arguments import STATIC_HINT, check_numbers, is_int, known
+from dho2_optax.arguments import INJECTION_HINT, check_numbers, is_int, known
 from dho2_optax.vectors import Vector, as_arrays, at_least_float32
 
 ArrayLike = jax.typing.ArrayLike
@@ -244,12 +244,12 @@ def scale_by_kronecker(
       As of :func:`soap` and :func:`shampoo`.
     """
     if scaling not in _SCALINGS:
-        raise ValueError(f"`scaling` must be one of {_SCALINGS}, got {scaling!r}. {STATIC_HINT}")
+        raise ValueError(f"`scaling` must be one of {_SCALINGS}, got {scaling!r}. {INJECTION_HINT}")
     check_numbers("in [0, 1)", b1=b1, b2=b2)
     check_numbers("positive", eps=eps)
     check_numbers("positive", whole=True, precondition_interval=precondition_interval)
     if not is_int(max_size) or max_size < 0:
-        raise ValueError(f"`max_size` must be a Python int of at least 0, got {max_size!r}. {STATIC_HINT}")
+        raise ValueError(f"`max_size` must be a Python int of at least 0, got {max_size!r}. {INJECTION_HINT}")
 
     def init(params: Any) -> KroneckerState:
         leaves = [_start(x, scaling, max_size) for x in jax.tree.leaves(as_arrays(params))]

@@ -27,7 +27,7 @@ def state_specs(init: InitFn, params: Any, axis_name: str) -> Any:
 
     Example:
       >>> import dho2_optax as dho2, jax.numpy as jnp, optax
-      >>> tx = dho2.dho2(optax.adam(1e-3), lambda p, b: p.sum(), rank=8, axis_name="data")
+      >>> tx = dho2.dho2(optax.adam(1e-3), lambda p, b: p.sum(), split=dho2.Split("data"))
       >>> specs = state_specs(tx.init, jnp.zeros(1000), "data")
       >>> tuple(specs.spectrum.eigenvectors), tuple(specs.count)
       ((None, 'data'), ())
@@ -92,8 +92,6 @@ def over_mesh(
     Parameters, gradients and updates are whole on every device of the axis; the state lives sharded over it, and the
     batch is sharded over it when it is used. Other axes of the mesh are left as they are.
     """
-    if axis_name not in mesh.axis_names:
-        raise ValueError(f"`axis_name` must be one of {mesh.axis_names} of the mesh, got {axis_name!r}.")
     replicated = PartitionSpec()
 
     def check_whole(**trees: Any) -> None:

@@ -10,6 +10,7 @@ from dho2_optax import counters, eigensolver, krylov
 from dho2_optax.eigensolver import Select, Spectrum
 from dho2_optax.krylov import LanczosState
 from dho2_optax.metric import Factors, Geometry
+from dho2_optax.options import Eigensolver, Newton
 from dho2_optax.state import DHO2State
 from dho2_optax.subspace import Damping, missed_curvature, rotate_state
 from dho2_optax.vectors import Vector
@@ -106,6 +107,25 @@ class Solver(NamedTuple):
             drop_null=True,
             partial=partial,
         )
+
+
+def make_solver(
+    rank: int, options: Eigensolver, newton: Newton, axis_name: str | None, *, max_residual: ArrayLike
+) -> Solver:
+    """The solver that the user's options describe; `max_residual` is the default."""
+    eigensolver.check_selection(rank, options.num_smallest, options.order, options.select)
+    return Solver(
+        rank=rank,
+        num_smallest=options.num_smallest,
+        order=2 * (rank + options.num_smallest) if options.order is None else options.order,
+        select=options.select,
+        tolerance=options.tolerance,
+        max_residual=max_residual if options.max_residual is None else options.max_residual,
+        damping=Damping(newton.floor, newton.damping),
+        basis_dtype=options.basis_dtype,
+        axis_name=axis_name,
+        start=warm_start,
+    )
 
 
 def warm_start(old: Spectrum, seed: jax.Array, params: Vector, axis_name: str | None, carry: Carry) -> Vector:

@@ -5,6 +5,9 @@ a Lanczos process on a copy of the parameters and waits for it, while the caller
 looks now and then whether the spectrum is there.
 """
 
+# With it, `help` shows signatures as they are written here.
+from __future__ import annotations
+
 import atexit
 import contextlib
 import threading
@@ -19,15 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dho2_optax import arguments, counters, eigensolver, plan, segments
+from dho2_optax import arguments, counters, plan, segments
 from dho2_optax import curvature as curvature_lib
-from dho2_optax.curvature import LossFn, Operator
-from dho2_optax.eigensolver import Select, Spectrum
+from dho2_optax.curvature import BatchSize, LossFn, Operator
+from dho2_optax.eigensolver import Spectrum, zero_spectrum
+from dho2_optax.learning import check_objective
 from dho2_optax.metric import Factors, Geometry, Metric, OnSegments, geometry
+from dho2_optax.options import Eigensolver, Newton, check_options
 from dho2_optax.parallel import batch_specs, over_axis, specs_of
-from dho2_optax.refresh import Solver, carrier, in_metric, install, is_sound, warm_start
+from dho2_optax.refresh import carrier, in_metric, install, is_sound, make_solver
 from dho2_optax.state import DHO2State, find_state, replace_state
-from dho2_optax.subspace import Damping
 
 _POLL_SECONDS = 0.002
 _LEAVE_SECONDS = 1.0  # within which a thread notices that it is to leave
@@ -167,7 +171,10 @@ def _end_all() -> None:
 class CurvatureGroup:
     r"""A group of devices that finds eigenpairs for a `dho2` that trains on others.
 
-    The optimizer is a ``dho2(base, refresh_interval=None, ...)`` of the same `rank`, whose ``update`` needs no batch.
+    The optimizer is a ``dho2(base, refresh_interval=None, ...)`` of the same `rank`, `eigensolver` and `newton`, whose
+    ``update`` needs no batch. Its `metric` must be given here too if that is a :class:`dho2_optax.Metric`; one that is
+    read from the base is known.
+
     After every update, :meth:`advance` looks whether the Lanczos process in flight has ended, puts its eigenpairs in
     use, and launches the next one on a copy of the parameters. It waits for nothing, except in deterministic mode.
 
@@ -179,30 +186,25 @@ class CurvatureGroup:
 
     The eigenvectors and the Krylov basis are split over the devices of the group. On GPU and TPU the groups run at the
     same time. On CPU two programs that both have several devices take turns; a group of one device runs beside the
-    training.
+    training. The axis of its devices is called ``"curvature"``, or `axis_name`: a `loss_fn` that averages over them, as
+    one with BatchNorm does, has to know.
 
     Args:
-      loss_fn: ``(params, batch) -> loss``, a scalar mean over samples; with `has_aux` ``(loss, aux)``.
+      loss_fn: as in :func:`dho2`.
       devices: the devices of the group, all of this process.
-      curvature: an operator in place of `loss_fn`'s Hessian, as in :func:`dho2`.
-      has_aux: whether `loss_fn` returns a pair.
-      rank: as in :func:`dho2`, and the same as there; so are the following.
-      num_smallest: as in :func:`dho2`.
-      order: as in :func:`dho2`.
-      tolerance: as in :func:`dho2`.
-      max_residual: as in :func:`dho2`.
-      select: as in :func:`dho2`.
-      floor: as in :func:`dho2`.
-      damping: as in :func:`dho2`.
-      basis_dtype: as in :func:`dho2`.
-      metric: the optimizer's, if that is a :class:`dho2_optax.Metric`; one that is read from the base is known.
+      curvature: as in :func:`dho2`.
+      has_aux: as in :func:`dho2`.
+      rank: as in :func:`dho2`.
+      batch_size: as in :func:`dho2`.
+      eigensolver: as in :func:`dho2`.
+      newton: as in :func:`dho2`.
+      metric: as in :func:`dho2`.
       interval: updates between two launches, at least.
       deterministic: use the spectrum launched after update ``t`` from update ``t + interval`` on, neither earlier nor
         later, waiting for it if need be. Then two runs give the same parameters bit for bit.
       timeout: seconds after which a process counts as stalled and is given up, compilation apart. No other is
         launched before it has ended after all.
-      axis_name: what the axis of the group's devices is called, for a `loss_fn` that averages over them, as one with
-        BatchNorm does.
+      axis_name: see above.
 
     Raises:
       ValueError: for options out of range or devices of another process, and in :meth:`advance` for an optimizer of
@@ -238,14 +240,9 @@ class CurvatureGroup:
         curvature: Operator | None = None,
         has_aux: bool = False,
         rank: int = 8,
-        num_smallest: int = 0,
-        order: int | None = None,
-        tolerance: float = 1e-2,
-        max_residual: float = 0.1,
-        select: Select = "magnitude",
-        floor: float = 1e-3,
-        damping: float = 0.0,
-        basis_dtype: Any = None,
+        batch_size: BatchSize = "auto",
+        eigensolver: Eigensolver = Eigensolver(),
+        newton: Newton = Newton(),
         metric: Metric | None = None,
         interval: int = 50,
         deterministic: bool = False,
@@ -253,11 +250,17 @@ class CurvatureGroup:
         axis_name: str = "curvature",
     ) -> None:
         """See the class."""
-        eigensolver.check_selection(rank, num_smallest, order, select)
-        arguments.check_functions(optional=True, loss_fn=loss_fn, curvature=curvature)
-        operator = curvature if loss_fn is None else curvature_lib.hessian(loss_fn, has_aux=has_aux)
-        if operator is None or (loss_fn is not None and curvature is not None):
+        check_options(eigensolver=eigensolver, newton=newton)
+        check_objective(loss_fn, curvature, batch_size)
+        operator = curvature
+        if loss_fn is not None:
+            operator = curvature_lib.hessian_on_part(
+                loss_fn, has_aux=has_aux, batch_size=batch_size, axis_name=axis_name
+            )
+        if operator is None:
             raise ValueError("give either `loss_fn` or `curvature`.")
+        if eigensolver.rayleigh is not None:
+            raise ValueError("`rayleigh` is for the refreshes of dho2; a group makes no products for it, give None.")
         if not devices or not all(isinstance(device, jax.Device) for device in devices):
             raise ValueError(f"`devices` must be a non-empty list of jax devices, got {devices!r}.")
         if len(set(devices)) != len(devices):
@@ -274,21 +277,7 @@ class CurvatureGroup:
             raise ValueError(f"`metric` must be None or a dho2_optax.Metric, got {metric!r}.")
         arguments.check_numbers("positive", whole=True, interval=interval)
         arguments.check_numbers("positive", infinite=True, timeout=timeout)
-        arguments.check_numbers("non-negative", tolerance=tolerance, floor=floor, damping=damping)
-        arguments.check_numbers("non-negative", infinite=True, max_residual=max_residual)
-        pairs = rank + num_smallest
-        self._solver = Solver(
-            rank=rank,
-            num_smallest=num_smallest,
-            order=2 * pairs if order is None else order,
-            select=select,
-            tolerance=tolerance,
-            max_residual=max_residual,
-            damping=Damping(floor, damping),
-            basis_dtype=basis_dtype,
-            axis_name=axis_name,
-            start=warm_start,
-        )
+        self._solver = make_solver(rank, eigensolver, newton, axis_name, max_residual=0.1)
         self._operator = operator
         self._axis_name = axis_name
         self._metric = metric
@@ -511,7 +500,7 @@ class CurvatureGroup:
 
         def empty(params: Any) -> Spectrum:
             like = segments.split(params, self._axis_name)
-            return eigensolver.zero_spectrum(solver.num_pairs, like, solver.basis_dtype)
+            return zero_spectrum(solver.num_pairs, like, solver.basis_dtype)
 
         return jax.jit(self._shard_map(empty, PartitionSpec(), self._spectrum_specs(params)))(params)
 

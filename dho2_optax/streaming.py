@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from dho2_optax import counters, curvature, krylov, segments, vectors
-from dho2_optax.curvature import LossFn
+from dho2_optax.arguments import check_functions, check_sizes
+from dho2_optax.curvature import BatchSize, LossFn
 from dho2_optax.krylov import LanczosState
 from dho2_optax.masking import fill, hide
 from dho2_optax.metric import Factors, Metric, geometry
@@ -204,21 +205,22 @@ def value_grad_and_hvp(
     *,
     has_aux: bool = False,
     axis_name: str | None = None,
-    batch_size: int | None = None,
+    batch_size: BatchSize = "auto",
     metric: Metric | None = None,
 ) -> Callable[..., tuple[Any, Any, Any]]:
     r"""Loss, gradient and, where `mr_dho2` is due for a probe, the Hessian-vector product it wants.
 
-    The product is the derivative of the gradient along the vector to be probed, found together with the gradient by
-    one forward-mode derivative of ``jax.value_and_grad``; a probe costs little more than one further gradient. On all
-    other updates nothing but loss and gradient is computed.
+    The product is the derivative of the gradient along the vector to be probed. Made on a part of the batch it is
+    computed apart; on the whole batch together with the gradient, by one forward-mode derivative of
+    ``jax.value_and_grad``, and then a probe costs little more than one further gradient. On all other updates nothing
+    but loss and gradient is computed.
 
     Args:
       loss_fn: ``(params, batch) -> loss``, a scalar mean over samples; with `has_aux` ``(loss, aux)``.
       has_aux: whether `loss_fn` returns a pair.
       axis_name: the optimizer's `axis_name`, inside ``shard_map`` or ``pmap``: gradient and product are then those of
         the local batch, to be averaged alike. With `mesh=` and without an axis: None.
-      batch_size: take the product on this many samples only, the first ones of the batch. It is then computed apart.
+      batch_size: on how many of the leading samples of the batch the product is made, as in :func:`dho2`.
       metric: the optimizer's `metric`, if that is a :class:`dho2_optax.Metric`.
 
     Returns:
@@ -251,7 +253,8 @@ def value_grad_and_hvp(
     References:
       Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
     """
-    curvature.hessian(loss_fn, batch_size=batch_size)  # checks its arguments
+    check_functions(loss_fn=loss_fn)
+    check_sizes(auto=True, batch_size=batch_size)
 
     def compute(params: Any, state: Any, batch: Any, allow_probe: ArrayLike = True) -> tuple[Any, Any, Any]:
         found = find_state(state)
@@ -263,7 +266,8 @@ def value_grad_and_hvp(
         params = vectors.vary(vectors.as_arrays(vectors.unwrapped(params)), axis_name)
         loss = curvature.checked_loss(lambda p, b: loss_fn(wrapped(p), b), has_aux=has_aux)
         value_and_grad = jax.value_and_grad(loss, has_aux=has_aux)
-        product = curvature.hessian(loss, has_aux=has_aux, batch_size=batch_size)
+        size = curvature.part_size(batch, batch_size, axis_name)
+        product = curvature.hessian(loss, has_aux=has_aux, batch_size=size)
 
         def plain() -> tuple[Any, Any, Any]:
             value, grads = value_and_grad(params, batch)
@@ -276,7 +280,7 @@ def value_grad_and_hvp(
             vector = segments.whole(half(segment), shown, axis_name)
             vector = fill(vector, jax.tree.map(jnp.zeros_like, params))
             vector = vectors.vary(vectors.cast_like(vector, params), axis_name)
-            if found.probing.anchor is None and batch_size is None:
+            if found.probing.anchor is None and size is None:
                 (value, grads), (_, hvp) = curvature.forward_mode(
                     lambda: jax.jvp(lambda p: value_and_grad(p, batch), (params,), (vector,)), _WITHOUT_FORWARD_MODE
                 )

@@ -8,6 +8,7 @@ import pytest
 
 import dho2_optax as dho2
 from dho2_optax import arguments
+from tests.helpers import grouped
 
 
 def _loss(params, batch):
@@ -15,7 +16,7 @@ def _loss(params, batch):
 
 
 def _group(**options):
-    return dho2.CurvatureGroup(_loss, devices=jax.devices()[:1], **options)
+    return dho2.CurvatureGroup(_loss, **grouped(devices=jax.devices()[:1], **options))
 
 
 def _lanczos(**options):
@@ -23,8 +24,8 @@ def _lanczos(**options):
 
 
 _MAKERS = {
-    "dho2": lambda **options: dho2.dho2(optax.sgd(0.1), _loss, **options),
-    "mr_dho2": lambda **options: dho2.mr_dho2(optax.sgd(0.1), _loss, **options),
+    "dho2": lambda **options: dho2.dho2(optax.sgd(0.1), _loss, **grouped(**options)),
+    "mr_dho2": lambda **options: dho2.mr_dho2(optax.sgd(0.1), _loss, **grouped(**options)),
     "fosi": lambda **options: dho2.fosi(optax.sgd(0.1), _loss, **options),
     "CurvatureGroup": _group,
     "soap": lambda **options: dho2.soap(**{"learning_rate": 0.1, **options}),
@@ -40,12 +41,13 @@ _HYBRID = {
     **_SOLVER,
     "alpha": "number",
     "max_residual": "number, infinite",
-    "base_scale_limit": "number, infinite",
-    "base_scale_growth": "number, infinite",
-    "sharpness_limit": "number, infinite",
+    "limit": "number, infinite",
+    "growth": "number, infinite",
+    "sharpness": "number, infinite",
     "floor": "number",
     "damping": "number",
     "warmup_steps": "whole",
+    "batch_size": "size",
 }
 _KRONECKER = {
     "learning_rate": "number",
@@ -58,7 +60,7 @@ _KRONECKER = {
 }
 _ARGUMENTS = {
     "dho2": {**_HYBRID, "refresh_interval": "whole"},
-    "mr_dho2": {**_HYBRID, "probe_interval": "whole", "max_probe_interval": "whole"},
+    "mr_dho2": {**_HYBRID, "probe_interval": "whole"},
     "fosi": {
         "rank": "int",
         "num_smallest": "int",
@@ -72,6 +74,7 @@ _ARGUMENTS = {
         "max_residual": "number, infinite",
         "floor": "number",
         "damping": "number",
+        "batch_size": "size",
         "interval": "whole",
         "timeout": "number, infinite",
     },
@@ -139,7 +142,6 @@ def test_traced_numbers_and_schedules_pass():
 
 def test_what_none_stands_for():
     dho2.dho2(optax.sgd(0.1), refresh_interval=None, warmup_steps=None)
-    dho2.mr_dho2(optax.sgd(0.1), max_probe_interval=None)
     for maker, name in (("fosi", "refresh_interval"), ("mr_dho2", "probe_interval"), ("dho2", "alpha")):
         with pytest.raises(ValueError, match=f"`{name}` must be a number"):
             _MAKERS[maker](**{name: None})

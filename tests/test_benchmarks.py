@@ -294,7 +294,9 @@ def _guarded_run(guard, losses=None, num_steps=9, **options):
     def make(**given):
         options_of_all = {"rank": 1, "order": 8, "tolerance": 1e-6, "refresh_interval": 3, **options}
         return dho2.dho2(
-            optax.sgd(0.01), lambda p, b: b * jnp.sum(jnp.arange(1.0, 9.0) * p**2), **options_of_all | given
+            optax.sgd(0.01),
+            lambda p, b: b * jnp.sum(jnp.arange(1.0, 9.0) * p**2),
+            **methods.grouped(**options_of_all | given),
         )
 
     tx = guard(make)

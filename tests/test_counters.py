@@ -36,7 +36,14 @@ def _run(tx, state, num_steps, batch=_BATCH):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: dho2.dho2(optax.sgd(0.01), _loss, rank=1, order=4, refresh_interval=3, warmup_steps=2, tolerance=0.0),
+        lambda: dho2.dho2(
+            optax.sgd(0.01),
+            _loss,
+            rank=1,
+            eigensolver=dho2.Eigensolver(order=4, tolerance=0.0),
+            refresh_interval=3,
+            warmup_steps=2,
+        ),
         lambda: dho2.fosi(optax.sgd(0.01), _loss, rank=1, refresh_interval=3, warmup_steps=2),
     ],
     ids=["dho2", "fosi"],
@@ -60,7 +67,9 @@ def test_refreshes_go_on_at_their_interval(make):
 
 
 def test_probes_go_on_at_their_interval():
-    tx = dho2.mr_dho2(optax.sgd(0.01), _loss, rank=1, order=3, tolerance=0.0, probe_interval=2)
+    tx = dho2.mr_dho2(
+        optax.sgd(0.01), _loss, rank=1, eigensolver=dho2.Eigensolver(order=3, tolerance=0.0), probe_interval=2
+    )
     young, old = tx.init(_PARAMS), _aged(tx.init(_PARAMS))
     skipped = old.probing._replace(skipped=jnp.int32(_LARGEST))
     expected, states = _run(tx, young, 14), _run(tx, old._replace(probing=skipped), 14)
@@ -77,7 +86,11 @@ def test_probes_go_on_at_their_interval():
 
 def test_an_interval_that_doubles_does_not_overflow():
     tx = dho2.mr_dho2(
-        optax.sgd(0.01), _loss, rank=1, order=3, probe_interval=1, max_probe_interval=_LARGEST, tolerance=0.0
+        optax.sgd(0.01),
+        _loss,
+        rank=1,
+        eigensolver=dho2.Eigensolver(order=3, tolerance=0.0),
+        probe_interval=(1, _LARGEST),
     )
     state = tx.init(_PARAMS)
     state = state._replace(probing=state.probing._replace(interval=jnp.int32(2**28)))

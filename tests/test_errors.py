@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
-from tests.helpers import AXIS
+from tests.helpers import AXIS, grouped
 
 _PARAMS = {"w": jnp.linspace(0.1, 0.9, 8).reshape(2, 4), "b": jnp.linspace(-0.5, 0.5, 4)}
 _BATCH = jnp.ones(4)
@@ -22,7 +22,7 @@ def _loss(params, batch):
 
 def _optimizer(loss_fn=_loss, base=None, **options):
     options = {"rank": 2, "order": 4, "refresh_interval": 1, **options}
-    return dho2.dho2(optax.sgd(0.1) if base is None else base, loss_fn, **options)
+    return dho2.dho2(optax.sgd(0.1) if base is None else base, loss_fn, **grouped(**options))
 
 
 def _trace(tx, state=None, params=_PARAMS, **arguments):
@@ -57,7 +57,7 @@ def test_python_floats_are_parameters(tx):
 
 
 def test_python_floats_are_parameters_of_products_and_of_lanczos():
-    tx = dho2.mr_dho2(optax.sgd(0.1), rank=1, order=1)
+    tx = dho2.mr_dho2(optax.sgd(0.1), rank=1, eigensolver=dho2.Eigensolver(order=1))
     loss_fn = lambda params, batch: batch * params["x"] ** 2  # noqa: E731
     value, grads, hvp = dho2.value_grad_and_hvp(loss_fn)({"x": 0.5}, tx.init({"x": 0.5}), 3.0)
     assert (float(value), float(grads["x"]), abs(float(hvp["x"]))) == (0.75, 3.0, 6.0)
@@ -206,9 +206,9 @@ def test_the_state_of_another_optimizer_on_a_mesh(num_devices):
 
 
 def test_the_order_and_the_metric_of_another_optimizer():
-    one, other = (dho2.mr_dho2(optax.adam(0.1), rank=2, order=order) for order in (4, 5))
+    one, other = (dho2.mr_dho2(optax.adam(0.1), rank=2, eigensolver=dho2.Eigensolver(order=order)) for order in (4, 5))
     _refused("its `probing` is that of another .* or `order`", _trace, one, other.init(_PARAMS))
-    without = dho2.mr_dho2(optax.adam(0.1), rank=2, order=4, metric=None)
+    without = dho2.mr_dho2(optax.adam(0.1), rank=2, eigensolver=dho2.Eigensolver(order=4), metric=None)
     _refused("its `factors` is that of another `metric`", _trace, one, without.init(_PARAMS))
 
 

@@ -336,7 +336,7 @@ def test_a_state_that_is_missing_or_of_other_parameters_is_an_error():
         ({"precondition_interval": 0}, "`precondition_interval` must be positive, got 0"),
         ({"precondition_interval": 2.5}, r"`precondition_interval` must be a positive integer below 2..31, got 2.5"),
         ({"max_size": -1}, "`max_size` must be a Python int of at least 0, got -1"),
-        ({"max_size": jnp.int32(3)}, "`max_size` must be a Python int.*static_args"),
+        ({"max_size": jnp.int32(3)}, "`max_size` must be a Python int.*a function of the hyperparameters"),
     ],
 )
 def test_options_out_of_range_are_errors(factory, options, message):

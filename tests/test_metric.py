@@ -11,7 +11,7 @@ import dho2_optax as dho2
 from dho2_optax import metric as metric_lib
 from dho2_optax import segments
 from tests import helpers
-from tests.helpers import AXIS
+from tests.helpers import AXIS, grouped
 
 _PARAMS = {"w": jnp.linspace(0.1, 0.9, 21).reshape(3, 7), "b": jnp.linspace(-0.5, 0.5, 5)}
 _SIZE = 26
@@ -167,7 +167,11 @@ def test_a_weight_that_has_had_no_gradient_does_not_fill_the_subspace():
     """Curvature sees a unit on a sample that no gradient was taken of: P is 1e8 there."""
     scales = jnp.asarray([5.0, 4.0, 3.0, 2.0, 1.0, 1e-4])
     tx = dho2.dho2(
-        optax.adam(1e-3), curvature=lambda params, vector, batch: scales * vector, rank=2, order=6, refresh_interval=5
+        optax.adam(1e-3),
+        curvature=lambda params, vector, batch: scales * vector,
+        rank=2,
+        eigensolver=dho2.Eigensolver(order=6),
+        refresh_interval=5,
     )
     params, update = jnp.ones(6), jax.jit(tx.update)
     state = tx.init(params)
@@ -217,9 +221,14 @@ def test_the_momentum_of_a_base_is_read(base, name, limit):
 def test_the_learning_rate_is_found_whatever_schedules_and_bias_corrections_are_in_it():
     """One in which Adam has a momentum: eta is lr sqrt(1 - b2^t) / (1 - b1^t)."""
     tx = dho2.dho2(
-        optax.adam(optax.linear_schedule(0.0, 1.0, 100)), _loss, rank=3, order=16, refresh_interval=1, metric="base",
-        sharpness_limit=1.0, base_scale_limit=1e6, base_scale_growth=1e9, tolerance=0.0,
-    )  # fmt: skip
+        optax.adam(optax.linear_schedule(0.0, 1.0, 100)),
+        _loss,
+        rank=3,
+        refresh_interval=1,
+        metric="base",
+        eigensolver=dho2.Eigensolver(order=16, tolerance=0.0),
+        base_scale=dho2.BaseScale(sharpness=1.0, limit=1e6, growth=1e9),
+    )
     _, state = _train(tx, 3)
     eta = 0.02 * np.sqrt(1 - 0.999**3) / (1 - 0.9**3)
     largest, smallest = np.max(state.spectrum.eigenvalues), np.min(state.spectrum.eigenvalues)
@@ -235,8 +244,8 @@ def test_an_unknown_metric_is_refused(factory):
 
 
 _FACTORIES = {
-    "dho2": lambda base, **options: dho2.dho2(base, _loss, refresh_interval=5, **options),
-    "mr_dho2": lambda base, **options: dho2.mr_dho2(base, probe_interval=1, **options),
+    "dho2": lambda base, **options: dho2.dho2(base, _loss, **grouped(refresh_interval=5, **options)),
+    "mr_dho2": lambda base, **options: dho2.mr_dho2(base, **grouped(probe_interval=1, **options)),
 }
 
 
@@ -259,13 +268,11 @@ def test_one_update_is_the_dense_rule():
         optax.adam(rate),
         _loss,
         rank=3,
-        order=_SIZE,
-        tolerance=0.0,
+        eigensolver=dho2.Eigensolver(order=_SIZE, tolerance=0.0),
         refresh_interval=4,
         alpha=alpha,
-        subspace=optax.identity(),
+        newton=dho2.Newton(subspace=optax.identity(), floor=0.0),
         metric="base",
-        floor=0.0,
     )
     state = tx.init(_PARAMS)
     params = _PARAMS
@@ -301,13 +308,10 @@ def test_a_full_newton_step_solves_the_problem_in_the_subspace_whatever_the_metr
         optax.sgd(lambda count: jnp.where(count < 4, 1e-3, 100.0)),
         _loss,
         rank=_SIZE,
-        order=_SIZE,
-        tolerance=0.0,
-        max_residual=1.0,
+        eigensolver=dho2.Eigensolver(order=_SIZE, tolerance=0.0, max_residual=1.0),
         refresh_interval=5,
         alpha=1.0,
-        subspace=optax.identity(),
-        floor=0.0,
+        newton=dho2.Newton(subspace=optax.identity(), floor=0.0),
         metric=metric,
     )
     before, state = _train(tx, 4)
@@ -341,7 +345,14 @@ def test_by_default_the_metric_is_that_of_a_base_which_has_one(name):
 
 @pytest.mark.parametrize("base", [dho2.soap, dho2.shampoo], ids=["soap", "shampoo"])
 def test_eigenpairs_in_the_metric_of_a_kronecker_base(base):
-    tx = dho2.dho2(base(1e-4), _loss, rank=3, order=16, tolerance=0.0, refresh_interval=5, metric="base")
+    tx = dho2.dho2(
+        base(1e-4),
+        _loss,
+        rank=3,
+        eigensolver=dho2.Eigensolver(order=16, tolerance=0.0),
+        refresh_interval=5,
+        metric="base",
+    )
     _, state = _train(tx, 10)
     metric = metric_lib.KRONECKER
     half = np.stack(
@@ -385,7 +396,7 @@ def test_segments_give_what_one_device_gives(name, num_devices, options):
 
 def test_a_metric_of_whole_leaves_needs_the_base_on_whole_leaves():
     tx = dho2.dho2(
-        optax.adam(0.01), _loss, rank=2, metric=_whole_leaf_adam(), mesh=helpers.make_mesh(2), axis_name=AXIS
+        optax.adam(0.01), _loss, rank=2, metric=_whole_leaf_adam(), split=dho2.Split(AXIS, mesh=helpers.make_mesh(2))
     )
     with pytest.raises(ValueError, match="base_on_segments=False"):
         tx.init(_PARAMS)
@@ -401,8 +412,8 @@ def test_a_curvature_group_works_in_the_metric_of_the_optimizer(num_training, me
     placed = {"mesh": helpers.make_mesh(num_training), "axis_name": AXIS} if num_training > 1 else {}
     options = {"rank": 3, "order": 12, "tolerance": 0.0, "metric": None if metric == "base" else metric}
     placed |= {"base_on_segments": base_on_segments}
-    tx = dho2.dho2(optax.adam(1e-3), rank=3, refresh_interval=None, metric=metric, **placed)
-    group = dho2.CurvatureGroup(_loss, devices=devices[-2:], interval=4, deterministic=True, **options)
+    tx = dho2.dho2(optax.adam(1e-3), **grouped(rank=3, refresh_interval=None, metric=metric, **placed))
+    group = dho2.CurvatureGroup(_loss, **grouped(devices=devices[-2:], interval=4, deterministic=True, **options))
     group.memory(_PARAMS, _BATCH)  # of a program without a metric, which must not be taken for that of the optimizer
     params, state = _PARAMS, tx.init(_PARAMS)
     if num_training > 1:

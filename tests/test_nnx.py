@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import dho2_optax as dho2
+from tests.helpers import grouped
 
 _INPUTS = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
 
@@ -22,7 +23,7 @@ class _Model(nnx.Module):
 
 
 def _tx(loss_fn=None, **options):
-    return dho2.mr_dho2(optax.adam(0.01), loss_fn, rank=2, order=4, probe_interval=1, **options)
+    return dho2.mr_dho2(optax.adam(0.01), loss_fn, **grouped(rank=2, order=4, probe_interval=1, **options))
 
 
 def _setup():

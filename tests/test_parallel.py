@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
 from dho2_optax import parallel
-from tests.helpers import AXIS, SPLITTING, flat, make_mesh, on_devices, symmetric
+from tests.helpers import AXIS, SPLITTING, flat, grouped, make_mesh, on_devices, symmetric
 from tests.test_transform import START, DenseOptimizer, Problem, as_vector, make_problem
 
 _NUM_DEVICES = 4
@@ -27,7 +27,7 @@ _OPTIONS = {
     "alpha": 0.1,
     "refresh_interval": 2,
     "tolerance": 0.0,
-    "base_scale_growth": 100.0,
+    "growth": 100.0,
 }
 _DENSE = {"alpha": 0.1, "refresh_interval": 2, "warmup_steps": 2, "decay": 0.9}
 _SCALE = 0.5  # of the loss; a scalar of the batch
@@ -62,7 +62,7 @@ def _params() -> Any:
 
 def _dho2(loss_fn: Any = _loss, base: Any = None, **options: Any) -> optax.GradientTransformationExtraArgs:
     base = optax.sgd(0.03, momentum=0.5) if base is None else base
-    return dho2.dho2(base, loss_fn, **{**_OPTIONS, "axis_name": AXIS, **options})
+    return dho2.dho2(base, loss_fn, **grouped(**{**_OPTIONS, "axis_name": AXIS, **options}))
 
 
 def _assert_close(params: Any, expected: np.ndarray) -> None:
@@ -247,10 +247,11 @@ def test_multi_steps_of_a_chain():
     assert dho2.spectrum(state).eigenvectors["b"].sharding.spec == P(None, AXIS)
 
 
-def _injected(**options: Any) -> optax.GradientTransformationExtraArgs:
-    injected = optax.inject_hyperparams(dho2.dho2, ("loss_fn", "rank", "num_smallest", "order", "mesh"))
-    mesh = make_mesh(_NUM_DEVICES)
-    return injected(optax.sgd(0.03), _loss, mesh=mesh, axis_name=AXIS, **{**_OPTIONS, **options})
+def _injected(alpha: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
+    def make(alpha: Any) -> optax.GradientTransformationExtraArgs:
+        return _dho2(base=optax.sgd(0.03), mesh=make_mesh(_NUM_DEVICES), alpha=alpha, **options)
+
+    return optax.inject_hyperparams(make)(alpha)
 
 
 def test_injected_hyperparameters():
@@ -335,7 +336,13 @@ def test_local_gradients_in_the_users_shard_map(average_gradients):
 @pytest.mark.parametrize("num_devices", [2, 3])
 def test_gradients_and_products_of_which_some_leaves_are_averaged_already(num_devices, how):
     """The leaf `a` is that of every device, `b` is the same on all."""
-    tx = dho2.mr_dho2(optax.sgd(0.1), rank=1, order=3, probe_interval=1, axis_name=AXIS, average_gradients=True)
+    tx = dho2.mr_dho2(
+        optax.sgd(0.1),
+        rank=1,
+        eigensolver=dho2.Eigensolver(order=3),
+        probe_interval=1,
+        split=dho2.Split(AXIS, average_gradients=True),
+    )
     params = {"a": np.asarray([1.0, -2.0, 3.0], np.float32), "b": np.ones(2, np.float32)}
     curvature = np.random.default_rng(0).uniform(0.1, 1, (num_devices, 5)).astype(np.float32)
     curvature[:, 4] += 5
@@ -366,13 +373,14 @@ def test_gradients_and_products_of_which_some_leaves_are_averaged_already(num_de
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"axis_name": None, "mesh": True}, r"`mesh` needs `axis_name`, one of \('data',\), got None"),
+        ({"axis_name": None, "mesh": True}, "`axis_name` must be the name of one mesh axis, got None"),
         ({"axis_name": "model", "mesh": True}, r"`axis_name` must be one of \('data',\) of the mesh, got 'model'"),
         ({"axis_name": ("data", "model")}, r"`axis_name` must be the name of one mesh axis, got \('data', 'model'\)"),
         ({"axis_name": 0}, "`axis_name` must be the name of one mesh axis, got 0"),
         ({"mesh": "eight devices"}, "`mesh` must be a jax.sharding.Mesh, got 'eight devices'"),
-        ({"axis_name": None, "average_gradients": True}, "`average_gradients` needs `axis_name` and no `mesh`"),
-        ({"mesh": True, "average_gradients": True}, "`average_gradients` needs `axis_name` and no `mesh`"),
+        ({"mesh": True, "average_gradients": True}, "`average_gradients` must be False with `mesh`, got True"),
+        ({"average_gradients": 1}, "`average_gradients` must be True or False, got 1"),
+        ({"base_on_segments": None}, "`base_on_segments` must be True or False, got None"),
     ],
     ids=str,
 )

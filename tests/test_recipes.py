@@ -31,7 +31,9 @@ _SECTIONS = dict(
 _H = 1e-2  # step of central differences
 _EXACT = 1e-2  # what differences and the Lanczos process leave of a defect, relative to the largest eigenvalue
 _WRONG = 0.1  # and the least that the Hessian of another function makes
-_OPTIONS: dict[str, Any] = {"rank": 2, "order": 12, "warmup_steps": 1}
+_SOLVER = dho2.Eigensolver(order=12)
+# Products on the whole batch, whose Hessian is known.
+_OPTIONS: dict[str, Any] = {"rank": 2, "warmup_steps": 1, "batch_size": None, "eigensolver": _SOLVER}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -122,12 +124,19 @@ def _sharded(tree: Any, mesh: Any, spec: Any) -> Any:
 
 def test_there_is_a_recipe_for_each_part():
     parts = ["Weight decay", "Gradient clipping", "BatchNorm", "Dropout", "Your own shard_map"]
-    assert list(_SECTIONS) == [*parts, "When no pair is active"]
+    assert list(_SECTIONS) == [*parts, "Hyperparameters in the state", "When no pair is active"]
 
 
 @pytest.mark.parametrize(
     ("title", "num_losses"),
-    [("Weight decay", 1), ("Gradient clipping", 1), ("BatchNorm", 2), ("Dropout", 2), ("Your own shard_map", 2)],
+    [
+        ("Weight decay", 1),
+        ("Gradient clipping", 1),
+        ("BatchNorm", 2),
+        ("Dropout", 2),
+        ("Your own shard_map", 2),
+        ("Hyperparameters in the state", 1),
+    ],
 )
 def test_the_code_runs(title, num_losses):
     losses = [float(line) for line in _recipe(title)["printed"].splitlines()]
@@ -188,8 +197,7 @@ def test_decay_in_the_base_leaves_the_subspace_out_and_is_scaled_outside():
         "rank": 4,
         "alpha": 1e-4,
         "refresh_interval": None,
-        "sharpness_limit": np.inf,
-        "base_scale_growth": np.inf,
+        "base_scale": dho2.BaseScale(sharpness=np.inf, growth=np.inf),
     }
     adam, adamw = optax.adam(1e-2), optax.adamw(1e-2, weight_decay=rate / 1e-2)
     moments, _ = state.base_state
@@ -211,7 +219,7 @@ def test_decay_in_the_base_leaves_the_subspace_out_and_is_scaled_outside():
 def test_clipping_in_front_shortens_the_newton_step_and_behind_the_whole():
     names = _recipe("Gradient clipping")
     params, found = names["params"], names["state"][1].spectrum
-    tx = dho2.dho2(optax.sgd(0.1), rank=4, refresh_interval=None, subspace=optax.identity())
+    tx = dho2.dho2(optax.sgd(0.1), rank=4, refresh_interval=None, newton=dho2.Newton(subspace=optax.identity()))
     state = tx.init(params)._replace(spectrum=found)
     gradient = jax.tree.map(jnp.ones_like, params)
     norm = np.linalg.norm(flat(gradient))
@@ -239,7 +247,7 @@ def test_a_penalty_is_part_of_the_curvature_and_clipping_is_not():
 def test_streaming_with_clipping_in_front_and_decay_behind():
     names = _recipe("Gradient clipping")
     batch, clip = names["batch"], optax.clip_by_global_norm(1e-3)
-    streaming = dho2.mr_dho2(optax.sgd(0.1), rank=2, order=8, probe_interval=1)
+    streaming = dho2.mr_dho2(optax.sgd(0.1), rank=2, eigensolver=dho2.Eigensolver(order=8), probe_interval=1)
     tx = optax.chain(clip, streaming, optax.add_decayed_weights(-0.01))
 
     @jax.jit
@@ -262,12 +270,16 @@ def test_streaming_with_clipping_in_front_and_decay_behind():
 def test_what_clips_on_several_devices():
     num_devices = 4
     clip, sgd = optax.clip_by_global_norm(1.0), optax.sgd(0.1)
-    options: dict[str, Any] = {"rank": 2, "refresh_interval": None, "axis_name": AXIS}
+    options: dict[str, Any] = {"rank": 2, "refresh_interval": None, "split": dho2.Split(AXIS)}
     optimizers = {
         "in front": optax.chain(clip, dho2.dho2(sgd, **options)),
-        "in front of the average": optax.chain(clip, dho2.dho2(sgd, average_gradients=True, **options)),
+        "in front of the average": optax.chain(
+            clip, dho2.dho2(sgd, **options | {"split": dho2.Split(AXIS, average_gradients=True)})
+        ),
         "in the base": dho2.dho2(optax.chain(clip, sgd), **options),
-        "in the whole base": dho2.dho2(optax.chain(clip, sgd), base_on_segments=False, **options),
+        "in the whole base": dho2.dho2(
+            optax.chain(clip, sgd), **options | {"split": dho2.Split(AXIS, base_on_segments=False)}
+        ),
     }
 
     def updates(params: Any, gradient: Any) -> dict[str, Any]:
@@ -348,7 +360,7 @@ def test_an_optimizer_can_be_made_inside_the_step():
 
     def found(params: Any, batch: Any, stats: Any) -> Any:
         loss = functools.partial(loss_fn, batch_stats=stats)
-        tx = dho2.dho2(optax.sgd(0.1), loss, mesh=mesh, axis_name=AXIS, **_OPTIONS)
+        tx = dho2.dho2(optax.sgd(0.1), loss, split=dho2.Split(AXIS, mesh=mesh), **_OPTIONS)
         return dho2.spectrum(tx.update(params, tx.init(params), params, batch=batch)[1])
 
     jax.eval_shape(found, names["params"], names["batch"], names["batch_stats"])
@@ -362,7 +374,7 @@ def test_on_a_mesh_a_refresh_needs_the_axis():
     names = _recipe("BatchNorm")
     mesh = make_mesh(4)
     loss = functools.partial(names["loss_fn"], batch_stats=names["batch_stats"], axis_name=AXIS)
-    tx = dho2.dho2(optax.sgd(0.1), loss, has_aux=True, mesh=mesh, axis_name=AXIS, **_OPTIONS)
+    tx = dho2.dho2(optax.sgd(0.1), loss, has_aux=True, split=dho2.Split(AXIS, mesh=mesh), **_OPTIONS)
     found = _found(tx, _sharded(names["params"], mesh, P()), _sharded(names["batch"], mesh, P(AXIS)))
     assert np.all(_defects(_batch_norm_gradient(), names["params"], found) < _EXACT)
 
@@ -373,7 +385,7 @@ def test_the_product_is_of_the_function_whose_gradient_is_taken():
     mesh = make_mesh(4)
     params, batch = _sharded(names["params"], mesh, P()), _sharded(names["batch"], mesh, P(AXIS))
     loss = functools.partial(names["loss_fn"], batch_stats=names["batch_stats"])
-    state = dho2.mr_dho2(optax.sgd(0.1), rank=2, mesh=mesh, axis_name=AXIS).init(params)
+    state = dho2.mr_dho2(optax.sgd(0.1), rank=2, split=dho2.Split(AXIS, mesh=mesh)).init(params)
     assert is_due(state)
     _, gradient, hvp = jax.jit(dho2.value_grad_and_hvp(loss, has_aux=True))(params, state, batch)
     np.testing.assert_allclose(flat(gradient), flat(_batch_norm_gradient()(names["params"])), atol=1e-6)
@@ -384,7 +396,7 @@ def test_the_product_is_of_the_function_whose_gradient_is_taken():
 def test_in_a_shard_map_gradient_and_product_agree(axis_name):
     names = _recipe("BatchNorm")
     loss = functools.partial(names["loss_fn"], batch_stats=names["batch_stats"], axis_name=axis_name)
-    tx = dho2.mr_dho2(optax.sgd(0.1), rank=2, axis_name=AXIS)
+    tx = dho2.mr_dho2(optax.sgd(0.1), rank=2, split=dho2.Split(AXIS))
 
     def compute(params: Any, batch: Any) -> Any:
         state = tx.init(params)
@@ -446,7 +458,7 @@ def test_a_probe_has_the_masks_of_the_gradient():
 def test_on_a_mesh_every_sample_has_its_key():
     names = _recipe("Dropout")
     mesh = make_mesh(4)
-    tx = dho2.dho2(optax.sgd(0.1), names["per_sample_loss"], mesh=mesh, axis_name=AXIS, **_OPTIONS)
+    tx = dho2.dho2(optax.sgd(0.1), names["per_sample_loss"], split=dho2.Split(AXIS, mesh=mesh), **_OPTIONS)
     found = _found(tx, _sharded(names["params"], mesh, P()), _sharded(names["batch"], mesh, P(AXIS)))
     gradient = jax.jit(jax.grad(lambda params: names["per_sample_loss"](params, names["batch"])))
     assert np.all(_defects(gradient, names["params"], found) < _EXACT)
@@ -454,7 +466,7 @@ def test_on_a_mesh_every_sample_has_its_key():
 
 def test_in_a_shard_map_every_device_has_its_masks():
     names = _recipe("Dropout")
-    tx = dho2.mr_dho2(optax.sgd(0.1), rank=2, axis_name=AXIS)
+    tx = dho2.mr_dho2(optax.sgd(0.1), rank=2, split=dho2.Split(AXIS))
 
     def compute(whole: Any, local: Any) -> Any:
         params, key = whole
@@ -479,9 +491,9 @@ def test_in_a_shard_map_every_device_has_its_masks():
 def test_what_the_gradient_is_with_and_without_the_cast(how):
     names = _recipe("Your own shard_map")
     loss_fn = names["loss_fn"]
-    options: dict[str, Any] = {"rank": 1, "refresh_interval": None, "axis_name": AXIS}
-    averaging = dho2.dho2(optax.sgd(1.0), average_gradients=True, **options)
-    not_averaging = dho2.dho2(optax.sgd(1.0), **options)
+    options: dict[str, Any] = {"rank": 1, "refresh_interval": None}
+    averaging = dho2.dho2(optax.sgd(1.0), split=dho2.Split(AXIS, average_gradients=True), **options)
+    not_averaging = dho2.dho2(optax.sgd(1.0), split=dho2.Split(AXIS), **options)
 
     def cast(params: Any) -> Any:
         return jax.tree.map(lambda p: jax.lax.pcast(p, AXIS, to="varying"), params)
@@ -518,3 +530,25 @@ def test_what_the_gradient_is_with_and_without_the_cast(how):
                 np.testing.assert_allclose(update, right[p], atol=1e-5, err_msg=name)
             else:
                 assert np.abs(update - mean).max() > 0.01 * np.abs(mean).max()
+
+
+# Hyperparameters in the state.
+
+
+def test_a_hyperparameter_that_is_changed_in_the_state_counts_inside_the_objects_too():
+    """A large damping leaves nothing of the Newton step, so the update is that of alpha=0."""
+    names = _recipe("Hyperparameters in the state")
+    state, params, batch = names["state"], names["params"], names["batch"]
+    assert {name: float(x) for name, x in state.hyperparams.items()} == pytest.approx(
+        {"learning_rate": 1e-2, "alpha": 0.1, "damping": 0.1}
+    )
+
+    def after(**changed: float) -> np.ndarray:
+        hyperparams = {**state.hyperparams, **{name: jnp.asarray(x) for name, x in changed.items()}}
+        start = jax.tree.map(jnp.copy, params)
+        return flat(names["step"](start, state._replace(hyperparams=hyperparams), batch)[0]) - flat(params)
+
+    assert dho2.metrics(state)["active_pairs"] > 0
+    np.testing.assert_allclose(after(damping=1e9), after(alpha=0.0), atol=1e-7)
+    assert np.abs(after(damping=0.0) - after(alpha=0.0)).max() > 1e-5
+    assert np.abs(after(learning_rate=2e-2) - after()).max() > 1e-5

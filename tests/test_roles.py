@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
-from tests.helpers import flat, flat_rows, matrix_operator, symmetric
+from tests.helpers import flat, flat_rows, grouped, matrix_operator, symmetric
 from tests.multidevice import problems
 
 _LIKE = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float32)}
@@ -31,6 +31,10 @@ def _product(params, vector, batch):
     return matrix_operator(batch[0] * _MATRIX, _LIKE)(vector)
 
 
+def _group(axis_name="curvature", **options):
+    return dho2.CurvatureGroup(axis_name=axis_name, **grouped(**options))
+
+
 class _Quadratic:
     """Training steps of a `dho2` on one device, with a group on others."""
 
@@ -40,7 +44,7 @@ class _Quadratic:
         self.params = jax.tree.map(jnp.ones_like, _LIKE)
         self.state = self.tx.init(self.params)
         options = {"rank": _RANK, "order": 10, "tolerance": 1e-5, "interval": 4, **options}
-        self.group = dho2.CurvatureGroup(curvature=curvature, devices=jax.devices()[-group_size:], **options)
+        self.group = _group(curvature=curvature, devices=jax.devices()[-group_size:], **options)
         self._step = jax.jit(self._one_step, donate_argnums=(0, 1))
 
     def _one_step(self, params, state):
@@ -130,11 +134,16 @@ def _train(num_training, num_curvature, *, segments, num_steps=30):
     devices = jax.devices()
     mesh = Mesh(np.array(devices[:num_training]), ("data",))
     options = {"mesh": mesh, "axis_name": "data"} if segments else {}
-    tx = dho2.dho2(problem.base, refresh_interval=None, rank=4, alpha=0.5, **options)
+    tx = dho2.dho2(problem.base, **grouped(refresh_interval=None, rank=4, alpha=0.5, **options))
     params, batch = jax.device_put((problem.params, problem.batch), NamedSharding(mesh, P()))
     state = jax.jit(tx.init)(params)
     group = dho2.CurvatureGroup(
-        problem.loss_fn, devices=devices[-num_curvature:], rank=4, interval=5, deterministic=True, tolerance=1e-5
+        problem.loss_fn,
+        devices=devices[-num_curvature:],
+        rank=4,
+        interval=5,
+        deterministic=True,
+        eigensolver=dho2.Eigensolver(tolerance=1e-5),
     )
 
     @jax.jit
@@ -197,7 +206,7 @@ def _train_small(base, mesh=None, group_size=1, in_shard_map=False):
     tx, options = _BASES[base]()
     if mesh is not None:
         options = {"axis_name": "data", **options, **({} if in_shard_map else {"mesh": mesh})}
-    tx = dho2.dho2(tx, refresh_interval=None, rank=2, alpha=0.5, **options)
+    tx = dho2.dho2(tx, **grouped(refresh_interval=None, rank=2, alpha=0.5, **options))
 
     def step(params, state, batch):
         updates, state = tx.update(jax.grad(_small_loss)(params, batch), state, params)
@@ -212,7 +221,7 @@ def _train_small(base, mesh=None, group_size=1, in_shard_map=False):
         step = jax.shard_map(step, mesh=mesh, in_specs=(P(), specs, P()), out_specs=(P(), specs), check_vma=False)
     state, step = jax.jit(init)(params), jax.jit(step)
     options = {"rank": 2, "order": 6, "interval": 3, "deterministic": True, "metric": options.get("metric")}
-    with dho2.CurvatureGroup(_small_loss, devices=jax.devices()[-group_size:], **options) as group:
+    with dho2.CurvatureGroup(_small_loss, **grouped(devices=jax.devices()[-group_size:], **options)) as group:
         for _ in range(10):
             params, state = step(params, state, batch)
             state = group.advance(state, params, batch)
@@ -421,7 +430,9 @@ def test_memory_of_the_group_falls_with_its_size():
     operator = lambda params, vector, batch: jnp.mean(batch) * vector  # noqa: E731
 
     def temporaries(size):
-        group = dho2.CurvatureGroup(curvature=operator, devices=jax.devices()[:size], rank=8, order=64)
+        group = dho2.CurvatureGroup(
+            curvature=operator, devices=jax.devices()[:size], rank=8, eigensolver=dho2.Eigensolver(order=64)
+        )
         return group.memory(params, np.ones(8, np.float32)).temp
 
     assert temporaries(1) >= 64 * 4e5
@@ -446,7 +457,7 @@ def test_memory_of_the_group_falls_with_its_size():
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        dho2.CurvatureGroup(**{"curvature": _product, "devices": jax.devices()[:1], **options})
+        _group(**{"curvature": _product, "devices": jax.devices()[:1], **options})
 
 
 def test_the_same_device_twice():

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import flax.serialization
 import jax
@@ -23,7 +24,7 @@ _METRIC = dho2.Metric(
     inverse_half=lambda factors, x: jax.tree.map(jnp.divide, x, factors),
     elementwise=True,
 )
-_OPTIONS = {"rank": 2, "order": 4}
+_OPTIONS: dict[str, Any] = {"rank": 2, "eigensolver": dho2.Eigensolver(order=4)}
 
 
 def _loss(params, batch):
@@ -43,7 +44,7 @@ _OPTIMIZERS = {
     "a metric of one's own": lambda: dho2.dho2(optax.adam(0.01), _loss, refresh_interval=2, metric=_METRIC, **_OPTIONS),
     "mr_dho2": lambda: dho2.mr_dho2(optax.adam(0.01), _loss, probe_interval=1, **_OPTIONS),
     "mr_dho2 at an anchor": lambda: dho2.mr_dho2(
-        dho2.soap(0.01), _loss, probe_interval=1, probe_at_anchor=True, **_OPTIONS
+        dho2.soap(0.01), _loss, rank=2, probe_interval=1, eigensolver=dho2.Eigensolver(order=4, anchored=True)
     ),
     "fosi": lambda: dho2.fosi(optax.adam(0.01), _loss, refresh_interval=2, rank=2),
     "in a chain": lambda: optax.chain(

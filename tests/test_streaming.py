@@ -15,7 +15,7 @@ import pytest
 import dho2_optax as dho2
 from dho2_optax import krylov, streaming
 from dho2_optax.state import find_state
-from tests.helpers import flat, flat_rows, matrix_operator, symmetric, unflatten
+from tests.helpers import flat, flat_rows, grouped, matrix_operator, symmetric, unflatten
 
 _N = 12
 _NUM_STEPS = 60
@@ -27,6 +27,7 @@ _SPECTRUM = np.concatenate([[10.0, -6.0, 4.0], np.linspace(-0.1, 0.1, _N - 3)])
 _STAGED = np.concatenate([[100.0, 3.0, 2.5, 2.0], np.linspace(-1, 1, _N - 4)])
 # What `_run` takes as numbers; every one is traced.
 _NUMBERS = {"alpha": 0.05, "probe_interval": 1, "warmup_steps": 0, "tolerance": 0.0, "max_residual": 0.1}
+_WHOLE = ("probe_interval", "warmup_steps")
 
 
 class Trace(NamedTuple):
@@ -113,15 +114,17 @@ def _scan(tx, data, feed, params=None):
 
 @functools.partial(jax.jit, static_argnames=("feed", "rank", "order"))
 def _run_traced(numbers, data, params, feed, rank, order):
-    tx = dho2.mr_dho2(optax.sgd(_LEARNING_RATE), _loss, rank=rank, order=order, **numbers)
+    tx = dho2.mr_dho2(optax.sgd(_LEARNING_RATE), _loss, **grouped(rank=rank, order=order, **numbers))
     return _scan(tx, data, feed, params)
 
 
 def _run(data, feed=_by_hvp, *, rank=3, order=9, params=None, **numbers):
     """One compiled run for all values of the numbers."""
-    numbers = {**_NUMBERS, **numbers}
-    integers = ("probe_interval", "max_probe_interval", "warmup_steps")
-    numbers = {name: jnp.asarray(x, jnp.int32 if name in integers else jnp.float32) for name, x in numbers.items()}
+    # Of a pair each number is traced.
+    numbers = {
+        name: jax.tree.map(lambda x, name=name: jnp.asarray(x, jnp.int32 if name in _WHOLE else jnp.float32), given)
+        for name, given in {**_NUMBERS, **numbers}.items()
+    }
     trace = _run_traced(numbers, data, START if params is None else params, feed, rank, order)
     return jax.tree.map(np.asarray, trace)
 
@@ -332,7 +335,7 @@ def _jumping(at, factor=3.0, steps=_NUM_STEPS):
     return matrices
 
 
-_ADAPTING = {"rank": 2, "order": 4, "max_probe_interval": 8, "alpha": 0.02}
+_ADAPTING = {"rank": 2, "order": 4, "probe_interval": (1, 8), "alpha": 0.02}
 
 
 def _intervals(trace):
@@ -344,7 +347,7 @@ def test_on_a_fixed_quadratic_the_interval_doubles_up_to_its_bound():
     trace = _run(_jumping(70, steps=70), **_ADAPTING)
     # The first cycle has nothing to compare with.
     assert _intervals(trace) == [1, 2, 4, 8, 8]
-    assert _intervals(_run(_jumping(_NUM_STEPS), **{**_ADAPTING, "max_probe_interval": 3}))[:4] == [1, 2, 3, 3]
+    assert _intervals(_run(_jumping(_NUM_STEPS), **{**_ADAPTING, "probe_interval": (1, 3)}))[:4] == [1, 2, 3, 3]
 
 
 def test_where_the_spectrum_jumps_the_interval_halves():
@@ -408,7 +411,7 @@ def _step(tx, feed):
 def _optimizer(loss_fn=_loss, **options):
     defaults = {"rank": 3, "order": 9, "probe_interval": 2, "alpha": 0.05, "tolerance": 0.0}
     base = options.pop("base", optax.sgd(_LEARNING_RATE))
-    return dho2.mr_dho2(base, loss_fn, **{**defaults, **options})
+    return dho2.mr_dho2(base, loss_fn, **grouped(**{**defaults, **options}))
 
 
 def test_a_skipped_probe_is_tried_again_an_interval_later():
@@ -630,7 +633,7 @@ def test_states_without_one_process_are_refused(make, message):
 
 
 def test_probes_at_the_anchor_see_the_parameters_of_the_first_of_the_cycle():
-    tx = _optimizer(_soft_loss, order=5, probe_at_anchor=True, alpha=1.0, max_residual=1.0)
+    tx = _optimizer(_soft_loss, order=5, anchored=True, alpha=1.0, max_residual=1.0)
     step = jax.jit(_step(tx, lambda params, state, b: (jax.grad(_soft_loss)(params, b), {"batch": b})))
     params, state = jax.tree.map(jnp.asarray, START), tx.init(START)
     anchor, anchors, differences = flat(START), 0, []
@@ -651,7 +654,7 @@ def test_probes_at_the_anchor_see_the_parameters_of_the_first_of_the_cycle():
 
 
 def test_the_product_is_taken_at_the_anchor_and_the_gradient_at_the_parameters():
-    tx = _optimizer(None, probe_at_anchor=True)
+    tx = _optimizer(None, anchored=True)
     state = jax.jit(_step(tx, _by_soft_hvp))(START, tx.init(START), _INPUTS)[1]
     state = state._replace(probing=state.probing._replace(wait=jnp.zeros_like(state.probing.wait)))
     assert state.probing.process.count == 1
@@ -664,7 +667,7 @@ def test_the_product_is_taken_at_the_anchor_and_the_gradient_at_the_parameters()
 
 
 def test_after_a_warm_up_the_anchor_is_where_the_first_cycle_starts():
-    tx = _optimizer(_soft_loss, probe_at_anchor=True, warmup_steps=6)
+    tx = _optimizer(_soft_loss, anchored=True, warmup_steps=6)
     step = jax.jit(_step(tx, _by_soft_hvp))
     params, state = jax.tree.map(jnp.asarray, START), tx.init(START)
     for _ in range(7):
@@ -710,7 +713,7 @@ def _by_batch_of_everything(params, state, matrix):
 @pytest.mark.parametrize("feed", [_by_hvp, _by_batch_of_everything])
 def test_under_a_mask_the_curvature_is_that_of_the_visible_parameters(feed):
     data = _still(np.abs(_SPECTRUM))
-    inner = _optimizer(_loss, probe_interval=1, probe_at_anchor=feed is _by_hvp)
+    inner = _optimizer(_loss, probe_interval=1, anchored=feed is _by_hvp)
     labels = {"a": "hybrid", "b": "plain"}
     trace = _final(optax.partition({"hybrid": inner, "plain": optax.sgd(0.01)}, labels), feed, data)
     _assert_eigenpairs(dho2.spectrum(trace.state), data[0][:10, :10])
@@ -738,8 +741,12 @@ def test_multi_steps_probes_and_publishes_on_real_updates_only(feed):
 
 def test_hyperparameters_in_the_state():
     """Intervals can be changed on the way, and the state be donated."""
-    inject = optax.inject_hyperparams(dho2.mr_dho2, static_args=("loss_fn", "rank", "num_smallest", "order"))
-    tx = inject(optax.sgd(_LEARNING_RATE), None, rank=3, order=4, probe_interval=jnp.int32(2), max_residual=0.0)
+    solver = dho2.Eigensolver(order=4, max_residual=0.0)
+
+    def make(probe_interval):
+        return dho2.mr_dho2(optax.sgd(_LEARNING_RATE), rank=3, probe_interval=probe_interval, eigensolver=solver)
+
+    tx = optax.inject_hyperparams(make)(probe_interval=jnp.int32(2))
     step = jax.jit(_step(tx, _by_hvp), donate_argnums=(0, 1))
     params, state = jax.tree.map(jnp.array, START), tx.init(START)
     matvecs = []
@@ -810,14 +817,14 @@ def test_a_run_resumed_in_the_middle_of_a_cycle_is_the_same_to_the_bit(carry, tm
 # Compilation and initial states.
 
 
-@pytest.mark.parametrize("probe_at_anchor", [False, True])
-def test_abstract_init(probe_at_anchor):
-    tx = _optimizer(None, probe_at_anchor=probe_at_anchor)
+@pytest.mark.parametrize("anchored", [False, True])
+def test_abstract_init(anchored):
+    tx = _optimizer(None, anchored=anchored)
     abstract = jax.eval_shape(tx.init, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, START)))
     described = [jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in (abstract, tx.init(START))]
     assert described[0] == described[1]
     assert abstract.probing.process.basis["a"].shape == (9, 2, 5)
-    assert (abstract.probing.anchor is None) is not probe_at_anchor
+    assert (abstract.probing.anchor is None) is not anchored
 
 
 def test_until_the_first_publication_updates_are_those_of_the_base():
@@ -883,11 +890,9 @@ def test_metrics_of_a_process():
     [
         ({"probe_interval": 0}, "`probe_interval` must be positive, got 0"),
         ({"probe_interval": -4}, "`probe_interval` must be positive, got -4"),
-        ({"max_probe_interval": 0}, "`max_probe_interval` must be positive, got 0"),
-        (
-            {"probe_interval": 4, "max_probe_interval": 3},
-            "`max_probe_interval` must be at least probe_interval = 4, got 3",
-        ),
+        ({"probe_interval": (4, 0)}, "`probe_interval` must be positive, got 0"),
+        ({"probe_interval": (4, 3)}, r"`probe_interval` must be a pair \(shortest, longest\), got \(4, 3\)"),
+        ({"probe_interval": (4,)}, r"`probe_interval` must be a number or a pair .*, got \(4,\)"),
         ({"warmup_steps": -1}, "`warmup_steps` must be non-negative, got -1"),
         ({"rank": 0}, "`rank` must be positive, got 0"),
         ({"rank": 4, "order": 3}, "`order` must be .* 4, got 3"),
@@ -895,13 +900,16 @@ def test_metrics_of_a_process():
         ({"tolerance": -1.0}, "`tolerance` must be non-negative, got -1.0"),
         ({"base": 0.1}, "`base` must be an optax.GradientTransformation, got 0.1"),
         ({"loss_fn": _loss, "curvature": dho2.hessian(_loss)}, "`loss_fn` or `curvature`, not both"),
-        ({"average_gradients": True}, "`average_gradients` needs `axis_name`"),
+        (
+            {"rayleigh": dho2.hessian(_loss)},
+            "`rayleigh` is for the refreshes of dho2; mr_dho2 makes no products for it",
+        ),
     ],
     ids=lambda x: str(x)[:40] if isinstance(x, dict) else "",
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        dho2.mr_dho2(**{"base": optax.sgd(0.1), **options})
+        dho2.mr_dho2(**grouped(**{"base": optax.sgd(0.1), **options}))
 
 
 @pytest.mark.parametrize(
@@ -939,9 +947,8 @@ def test_where_nothing_is_given_hidden_parameters_are_not_asked_for():
 
 def test_options_are_those_of_dho2_but_for_the_schedule():
     ours, theirs = (set(inspect.signature(f).parameters) for f in (dho2.mr_dho2, dho2.dho2))
-    assert ours - theirs == {"probe_interval", "max_probe_interval", "probe_at_anchor"}
-    # `rayleigh`: here every product has a batch of its own already.
-    assert theirs - ours == {"refresh_interval", "rayleigh"}
+    assert ours - theirs == {"probe_interval"}
+    assert theirs - ours == {"refresh_interval"}
 
 
 def test_a_state_of_parameters_without_leaves():

@@ -21,6 +21,7 @@ import optax
 from optax import contrib
 
 import dho2_optax as dho2
+from benchmarks.options import grouped
 from benchmarks.target.interface import Method, Setting, Trainer
 from benchmarks.target.safeguards import SAFEGUARDS
 
@@ -210,7 +211,7 @@ def _dho2(
 
         def make(**given: Any) -> optax.GradientTransformationExtraArgs:
             given = {"curvature": operator, "warmup_steps": warmup_steps, **options, **alpha, **given}
-            return dho2.dho2(BASES[base](setting.schedule), **given)
+            return dho2.dho2(BASES[base](setting.schedule), **grouped(**given))
 
         tx = make() if safeguard is None else SAFEGUARDS[safeguard][1](make)
         return _trainer(tx, _gradients(loss_fn, _with_batch), _products)
@@ -242,7 +243,7 @@ def _mr_dho2(base: str, note: str = "", *, curvature_batch_size: int | None = No
             loss, grads, hvp = probing(params, state, batch)
             return loss, grads, {"hvp": hvp}
 
-        return _trainer(dho2.mr_dho2(BASES[base](setting.schedule), **options), gradients, _products)
+        return _trainer(dho2.mr_dho2(BASES[base](setting.schedule), **grouped(**options)), gradients, _products)
 
     return Method(
         f"mr_dho2 on {base}{note and ', ' + note}",

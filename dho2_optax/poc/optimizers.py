@@ -120,8 +120,7 @@ def _dho2(learning_rate: float, context: Context) -> optax.GradientTransformatio
         context.loss_fn,
         rank=context.rank,
         refresh_interval=context.refresh_interval,
-        mesh=context.mesh,
-        axis_name=context.axis_name,
+        split=dho2_optax.Split(context.axis_name, mesh=context.mesh),
     )
 
 
@@ -133,8 +132,7 @@ def _mr_dho2(learning_rate: float, context: Context) -> optax.GradientTransforma
         rank=context.rank,
         # As many products as dho2 makes at most: 2 * rank in each refresh interval.
         probe_interval=max(1, context.refresh_interval // (2 * context.rank)),
-        mesh=context.mesh,
-        axis_name=context.axis_name,
+        split=dho2_optax.Split(context.axis_name, mesh=context.mesh),
     )
 
 
@@ -157,8 +155,7 @@ def _mr_dho2_roles(learning_rate: float, context: Context) -> optax.GradientTran
         _adam(learning_rate, context),
         rank=context.rank,
         refresh_interval=None,
-        mesh=context.mesh,
-        axis_name=context.axis_name,
+        split=dho2_optax.Split(context.axis_name, mesh=context.mesh),
     )
 
 

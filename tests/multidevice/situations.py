@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
+from tests.helpers import grouped
 from tests.multidevice.problems import Problem
 
 OPTIONS = {"rank": 4, "refresh_interval": 8, "order": 12, "alpha": 0.2}
@@ -24,7 +25,8 @@ class Optimizer(NamedTuple):
     by_product: bool = False  # `value_grad_and_hvp` makes it, outside of the optimizer
 
     def of(self, problem: Problem, **options: Any) -> Any:
-        return self.make(problem.base, None if self.by_product else problem.loss_fn, **{**self.options, **options})
+        loss_fn = None if self.by_product else problem.loss_fn
+        return self.make(problem.base, loss_fn, **grouped(**{**self.options, **options}))
 
     def gradient(self, problem: Problem, axis_name: str | None = None) -> Callable[[Any, Any, Any], Any]:
         """A function of parameters, state and batch to the gradient, and what else `update` is to be given."""

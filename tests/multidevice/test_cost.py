@@ -45,10 +45,8 @@ def _on_mesh(num_devices, order=16, base_on_segments=True, num_inputs=SIZES[0]):
         optax.adam(1e-3),
         _loss_fn,
         rank=RANK,
-        order=order,
-        mesh=mesh,
-        axis_name="data",
-        base_on_segments=base_on_segments,
+        eigensolver=dho2.Eigensolver(order=order),
+        split=dho2.Split("data", mesh=mesh, base_on_segments=base_on_segments),
     )
 
     def step(params, state, batch):
@@ -65,7 +63,7 @@ def _on_mesh(num_devices, order=16, base_on_segments=True, num_inputs=SIZES[0]):
 @functools.cache
 def _in_shard_map(average_gradients):
     mesh = situations.data_mesh(8)
-    tx = dho2.dho2(optax.adam(1e-3), _loss_fn, rank=RANK, axis_name="data", average_gradients=average_gradients)
+    tx = dho2.dho2(optax.adam(1e-3), _loss_fn, rank=RANK, split=dho2.Split("data", average_gradients=average_gradients))
     specs = dho2.state_specs(tx.init, _params(), "data")
 
     def local(params, state, batch):

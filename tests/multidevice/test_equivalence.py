@@ -156,7 +156,7 @@ def test_gradients_and_products_averaged_by_the_optimizer(situation):
 @pytest.mark.parametrize("situation", ["shard_map", "jit with Explicit mesh"])
 @pytest.mark.slow
 def test_streaming_with_an_anchor(situation):
-    optimizer = situations.STREAMING._replace(options={**situations.STREAMING.options, "probe_at_anchor": True})
+    optimizer = situations.STREAMING._replace(options={**situations.STREAMING.options, "anchored": True})
     num_steps = 30  # three cycles; products of an old anchor let rounding errors grow faster
     if situation == "shard_map":
         params, _ = situations.in_shard_map(problems.mlp(), num_steps, 4, optimizer, check_vma=True)

@@ -1,0 +1,227 @@
+"""The transformation behind all optimizers, for one device of the axis over which vectors are split.
+
+What curvature may be learnt from is the business of :mod:`dho2_optax.learning`, when and how it is renewed that of a
+:class:`dho2_optax.refresh.Refresh`, the rule by which it is used that of :mod:`dho2_optax.subspace`. Here they are put
+together, and told of the base: its metric, its momentum and its step.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dho2_optax import eigensolver, learning, segments, vectors
+from dho2_optax import metric as metric_lib
+from dho2_optax.learning import Inputs, Learning, own_segment
+from dho2_optax.metric import Factors, Geometry, Metric, Momentum
+from dho2_optax.options import BaseScale, MetricChoice, Split
+from dho2_optax.refresh import Refresh, Solver
+from dho2_optax.state import DHO2State, check_state
+from dho2_optax.subspace import Bounds, Damping, HybridStep, base_scale, hybrid_step
+from dho2_optax.vectors import Vector
+
+ArrayLike = jax.typing.ArrayLike
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that was said at construction, checked and complete."""
+
+    base: optax.GradientTransformationExtraArgs
+    solver: Solver
+    refresh: Refresh
+    learning: Learning
+    alpha: ArrayLike | optax.Schedule
+    subspace: optax.GradientTransformation
+    damping: Damping
+    base_scale: BaseScale
+    metric: MetricChoice
+    bounded: bool = True  # the Newton step is bounded by what the base steps
+
+    @property
+    def split(self) -> Split | None:
+        """How vectors are split over devices."""
+        return self.learning.split
+
+    @property
+    def axis_name(self) -> str | None:
+        """The axis over which vectors are split."""
+        return learning.axis_of(self.split)
+
+    @property
+    def base_on_segments(self) -> bool:
+        """Whether the base sees segments."""
+        return self.split is not None and self.split.base_on_segments
+
+    @property
+    def own_metric(self) -> Metric | None:
+        """The metric, if the user has written it."""
+        return self.metric if isinstance(self.metric, Metric) else None
+
+
+def hybrid(settings: Settings) -> optax.GradientTransformationExtraArgs:
+    """The transformation."""
+    return optax.GradientTransformationExtraArgs(functools.partial(init, settings), functools.partial(update, settings))
+
+
+def init(settings: Settings, params: Any) -> DHO2State:
+    """The state before the first update."""
+    params = vectors.as_arrays(params)
+    _check_params(params)
+    like = segments.split(params, settings.axis_name)
+    pairs = eigensolver.zero_spectrum(settings.solver.num_pairs, like, settings.solver.basis_dtype)
+    zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
+    number = lambda: jnp.zeros_like(pairs.eigenvalues, shape=())  # noqa: E731
+    base_state = settings.base.init(like if settings.base_on_segments else params)
+    # Copies: they may be arrays of the base's state, and a state with shared buffers could not be donated.
+    factors = jax.tree.map(jnp.copy, factors_of(settings, base_state, params))
+    return DHO2State(
+        count=zero(),
+        clock=zero(),
+        spectrum=pairs,
+        factors=factors,
+        subspace_state=settings.subspace.init(pairs.eigenvalues),
+        base_state=base_state,
+        sigma=jnp.ones_like(pairs.eigenvalues, shape=()),
+        bounds=Bounds(*(number() for _ in Bounds._fields)) if settings.bounded else None,
+        missed=number(),
+        refreshes=zero(),
+        rejected=zero(),
+        matvecs=zero(),
+        refreshed_at=zero(),
+        probing=settings.refresh.init(params, like, factors),
+    )
+
+
+def update(
+    settings: Settings,
+    updates: Any,
+    state: Any,
+    params: Any = None,
+    *,
+    batch: Any = None,
+    value_fn: Callable[[Any], Any] | None = None,
+    obj_fn: Callable[[Any], Any] | None = None,
+    hvp: Any = None,
+    allow_refresh: ArrayLike = True,
+    full_params: Any = None,
+    **extra: Any,
+) -> tuple[Any, DHO2State]:
+    """Renews the spectrum if it is time to, and then takes the hybrid step."""
+    if params is None:
+        raise ValueError("`update` needs `params`, got None.")
+    if not jax.tree.leaves(params):  # all of them masked, say
+        return updates, state._replace(count=optax.safe_increment(state.count))
+    segments.check_bound(settings.axis_name)
+    updates, params, hvp = vectors.as_arrays((updates, params, hvp))
+    check_state(state, jax.eval_shape(functools.partial(init, settings), params))
+    value_fn = obj_fn if value_fn is None else value_fn
+    if value_fn is not None:
+        extra["value_fn"] = value_fn
+
+    # The big buffers are refreshed before anything reads them: with donation nothing is copied.
+    source = learning.source(
+        settings.learning,
+        params,
+        Inputs(batch, value_fn, hvp, full_params, allow_refresh),
+        factors=lambda base_state: factors_of(settings, base_state, params),
+        geometry=lambda factors: geometry_of(settings, factors, params),
+    )
+    state = settings.refresh.advance(state, source)
+
+    if settings.split is not None and settings.split.average_gradients:
+        # Two sums over the devices must not be independent: devices that meet in different ones never go on.
+        updates = jax.tree.map(lambda g: jnp.where(state.refreshes >= 0, g, 0), updates)
+    stepped = step(settings, own_segment(updates, settings.split), state, params, extra)
+    state = state._replace(
+        count=optax.safe_increment(state.count),
+        subspace_state=stepped.subspace_state,
+        base_state=stepped.base_state,
+        sigma=stepped.sigma,
+        bounds=stepped.bounds,
+    )
+    return segments.gather(stepped.update, updates, settings.axis_name), state
+
+
+def step(settings: Settings, gradient: Vector, state: DHO2State, params: Any, extra: dict[str, Any]) -> HybridStep:
+    """The hybrid step of a gradient in segment form, with the eigenpairs of `state`."""
+    alpha = settings.alpha
+    return hybrid_step(
+        gradient,
+        state.spectrum,
+        settings.subspace,
+        state.subspace_state,
+        functools.partial(base_step, settings, params, state.base_state, extra),
+        alpha=alpha(state.count) if callable(alpha) else alpha,
+        scale=functools.partial(scale, settings, state),
+        damping=settings.damping,
+        axis_name=settings.axis_name,
+        bounds=state.bounds,
+        geometry=geometry_of(settings, state.factors, params),
+        momentum_of=lambda base_state, fed: momentum_of(settings, base_state, fed, params),
+    )
+
+
+def base_step(
+    settings: Settings, params: Any, base_state: Any, extra: dict[str, Any], gradient: Vector
+) -> tuple[Vector, Any]:
+    """`base`'s update of a gradient in segment form, on segments or on whole leaves, and its new state."""
+    axis_name = settings.axis_name
+    if settings.base_on_segments:
+        return settings.base.update(gradient, base_state, segments.split(params, axis_name), **extra)
+    whole = segments.gather(gradient, params, axis_name)
+    updates, base_state = settings.base.update(whole, base_state, params, **extra)
+    return segments.split(updates, axis_name), base_state
+
+
+def scale(settings: Settings, state: DHO2State, tolerable: jax.Array) -> jax.Array:
+    """The factor of the base's step, where the base tolerates a curvature of `tolerable`."""
+    sharpness = settings.base_scale.sharpness
+    target = base_scale(
+        state.spectrum,
+        settings.solver.num_smallest,
+        settings.base_scale.limit,
+        sharpness * tolerable,
+        jnp.where(jnp.isinf(sharpness), 0, state.missed),
+        0.0 if state.bounds is None else state.bounds.least,
+    )
+    return jnp.minimum(target, state.sigma * settings.base_scale.growth).astype(state.sigma.dtype)
+
+
+def factors_of(settings: Settings, base_state: Any, params: Any) -> Factors | None:
+    """The factors of the metric as the base's state has them; None without a metric."""
+    on_segments, metric = settings.base_on_segments, settings.metric
+    like = segments.split(params, settings.axis_name) if on_segments else params
+    if metric is None or (metric == "auto" and not metric_lib.is_readable(base_state, like)):
+        return None
+    chosen = metric_lib.of_base(base_state) if settings.own_metric is None else settings.own_metric
+    return metric_lib.snapshot(chosen, base_state, params, settings.axis_name, segmented_base=on_segments)
+
+
+def geometry_of(settings: Settings, factors: Factors | None, params: Any) -> Geometry:
+    """The geometry of a metric with these factors."""
+    return metric_lib.geometry(factors, params, axis_name=settings.axis_name, metric=settings.own_metric)
+
+
+def momentum_of(settings: Settings, base_state: Any, gradient: Vector, params: Any) -> Momentum:
+    """The base's momentum in segment form, or the gradient that it was fed."""
+    found = metric_lib.momentum(base_state, gradient if settings.base_on_segments else params)
+    if found is None:
+        return Momentum(gradient, metric_lib.PLAIN_LIMIT)
+    if settings.base_on_segments:
+        return found
+    return found._replace(vector=segments.split(found.vector, settings.axis_name))
+
+
+def _check_params(params: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        is_array = hasattr(leaf, "dtype")
+        if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"`params` must hold real floating-point numbers, got {leaf.dtype if is_array else repr(leaf)} at "
+                f"{jax.tree_util.keystr(path)}; leave such leaves out with optax.masked."
+            )
