@@ -195,7 +195,7 @@ def _batched(product: Operator, batch_size: int | None, batch_start: int, microb
     samples = slice(batch_start, None if batch_size is None else batch_start + batch_size)
 
     def cut(batch: Batch) -> Batch:
-        lengths = {jnp.shape(x)[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
+        lengths = {x.shape[0] for x in jax.tree.leaves(batch) if _has_samples(x)}
         if len(lengths) > 1:
             raise ValueError(
                 f"a batch of which `batch_size` or `batch_start` take a part must have samples along the leading axis "
@@ -205,7 +205,7 @@ def _batched(product: Operator, batch_size: int | None, batch_start: int, microb
             raise ValueError(
                 f"`batch_start` must leave some of the samples of the batch, got {batch_start} for {max(lengths)}."
             )
-        return jax.tree.map(lambda x: x[samples] if jnp.ndim(x) else x, batch)
+        return jax.tree.map(lambda x: x[samples] if _has_samples(x) else x, batch)
 
     def operator(params: Vector, vector: Vector, batch: Batch) -> Vector:
         if samples != slice(0, None):
@@ -220,7 +220,7 @@ def _batched(product: Operator, batch_size: int | None, batch_start: int, microb
 def _accumulate(product: Operator, params: Vector, vector: Vector, batch: Batch, microbatch_size: int) -> Vector:
     """The mean of `product` over chunks of `microbatch_size` samples, one chunk in memory at a time."""
     leaves, treedef = jax.tree.flatten(batch)
-    sampled = [x for x in leaves if jnp.ndim(x)]
+    sampled = [x for x in leaves if _has_samples(x)]
     num_samples = {x.shape[0] for x in sampled}
     if len(num_samples) != 1 or min(num_samples) % microbatch_size:
         raise ValueError(
@@ -231,7 +231,7 @@ def _accumulate(product: Operator, params: Vector, vector: Vector, batch: Batch,
 
     def add_chunk(total: Vector, chunk: list[jax.Array]) -> tuple[Vector, None]:
         rows = iter(chunk)
-        microbatch = treedef.unflatten([next(rows) if jnp.ndim(x) else x for x in leaves])
+        microbatch = treedef.unflatten([next(rows) if _has_samples(x) else x for x in leaves])
         part = product(params, vector, microbatch)
         return jax.tree.map(lambda t, p: t + p.astype(t.dtype), total, part), None
 
@@ -262,8 +262,8 @@ def part_size(batch: Batch, batch_size: BatchSize, axis_name: str | None) -> int
     """
     if batch_size != "auto":
         return batch_size
-    sampled = [x for x in jax.tree.leaves(batch) if jnp.ndim(x)]
-    lengths = {jnp.shape(x)[0] for x in sampled}
+    sampled = [x for x in jax.tree.leaves(batch) if _has_samples(x)]
+    lengths = {x.shape[0] for x in sampled}
     if len(lengths) != 1:
         return None
     num_devices = 1 if axis_name is None else segments.bound_axis_size(axis_name) or 1
@@ -283,6 +283,11 @@ def hessian_on_part(loss_fn: LossFn, *, has_aux: bool, batch_size: BatchSize, ax
         return hessian(loss_fn, has_aux=has_aux, batch_size=size)(params, vector, batch)
 
     return operator
+
+
+def _has_samples(x: Any) -> bool:
+    """Whether something in a batch is an array with a leading axis; all else is passed to the loss as it is."""
+    return bool(getattr(x, "shape", ()))
 
 
 def _leading_shards(x: Any) -> int:

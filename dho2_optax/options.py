@@ -187,9 +187,7 @@ class Split(_Options):
         if self.axis_name not in self.mesh.axis_names:
             raise ValueError(f"`axis_name` must be one of {self.mesh.axis_names} of the mesh, got {self.axis_name!r}.")
         if self.average_gradients:
-            raise ValueError(
-                "`average_gradients` needs a split without `mesh`: under jit gradients are averaged already."
-            )
+            raise ValueError("`average_gradients` must be False with `mesh`, got True: there they are averages.")
 
 
 def check_options(**values: Any) -> None:

@@ -45,7 +45,7 @@ def check_bound(axis_name: str | None) -> None:
     if axis_name is not None and bound_axis_size(axis_name) is None:
         raise ValueError(
             f"`axis_name` {axis_name!r} is bound only inside shard_map and pmap over that axis, and this is outside; "
-            "under plain jit give the optimizer `mesh=` too."
+            "under plain jit give the optimizer's Split a `mesh` too."
         )
 
 

@@ -219,7 +219,7 @@ def value_grad_and_hvp(
       loss_fn: ``(params, batch) -> loss``, a scalar mean over samples; with `has_aux` ``(loss, aux)``.
       has_aux: whether `loss_fn` returns a pair.
       axis_name: the optimizer's `axis_name`, inside ``shard_map`` or ``pmap``: gradient and product are then those of
-        the local batch, to be averaged alike. With `mesh=` and without an axis: None.
+        the local batch, to be averaged alike. With a mesh and without an axis: None.
       batch_size: on how many of the leading samples of the batch the product is made, as in :func:`dho2`.
       metric: the optimizer's `metric`, if that is a :class:`dho2_optax.Metric`.
 

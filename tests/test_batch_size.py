@@ -26,7 +26,7 @@ class _Loss:
         self.seen: set[int] = set()
 
     def __call__(self, params: Any, batch: Any) -> jax.Array:
-        sampled = jax.tree.leaves(batch)[0]
+        sampled = batch["x"] if isinstance(batch, dict) else jax.tree.leaves(batch)[0]
         self.seen.add(len(sampled))
         return jnp.mean(sampled) * jnp.sum(params**2) / 2
 
@@ -126,6 +126,12 @@ def test_scalars_are_passed_as_they_are_and_without_a_common_axis_the_batch_is_w
         loss = _Loss()
         jax.eval_shape(_by_dho2(loss, 1), batch)
         assert loss.seen == {expected}
+    with_others = {"x": np.zeros(2000, np.float32), "scale": 2.0, "mode": "train"}
+    assert part_size(with_others, "auto", None) == 250
+    loss = _Loss()
+    product = dho2.hessian(loss, batch_size=250)(_PARAMS, _PARAMS, with_others | {"x": np.ones(2000, np.float32)})
+    np.testing.assert_allclose(product, [1.0])
+    assert loss.seen == {250}
     with pytest.raises(ValueError, match="must have samples along the leading axis of every array"):
         jax.eval_shape(_by_dho2(_Loss(), 1, batch_size=300), (jnp.zeros(2000), jnp.zeros(3)))
 

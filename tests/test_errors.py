@@ -223,7 +223,7 @@ def test_the_state_of_a_composition():
 
 
 def test_an_axis_that_is_not_bound():
-    said = rf"`axis_name` '{AXIS}' is bound only inside shard_map .* give the optimizer `mesh=`"
+    said = rf"`axis_name` '{AXIS}' is bound only inside shard_map .* give the optimizer's Split a `mesh` too"
     _refused(said, _trace, _optimizer(axis_name=AXIS), batch=_BATCH)
     _refused(said, dho2.lanczos, lambda x: x, jnp.ones(4), rank=1, axis_name=AXIS)
 

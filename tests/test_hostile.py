@@ -71,7 +71,7 @@ def test_ten_thousand_updates_of_a_mixture_of_all_hostile_batches_on_eight_devic
     drawn = [kinds[rng.integers(len(kinds))] if bad else hostile.Hostility() for bad in hostile_now]
     mixture = hostile.Hostility(*(np.array(x, np.float32) for x in zip(*drawn, strict=True)))
     make = getattr(dho2, name)
-    hybrid = make(optax.adam(1e-2), problem.loss_fn, mesh=make_mesh(8), axis_name=AXIS)
+    hybrid = make(optax.adam(1e-2), problem.loss_fn, split=dho2.Split(AXIS, mesh=make_mesh(8)))
 
     def train(tx, sharding):
         def step(carry, now):

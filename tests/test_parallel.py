@@ -184,7 +184,7 @@ def test_abstract_init_on_a_mesh_and_with_an_axis():
 
 @pytest.mark.parametrize("factory", [dho2.dho2, dho2.mr_dho2])
 def test_init_outside_of_shard_map_is_the_global_view_of_the_state(factory):
-    tx = factory(optax.adam(0.1), rank=2, axis_name=AXIS)
+    tx = factory(optax.adam(0.1), rank=2, split=dho2.Split(AXIS))
     specs = dho2.state_specs(tx.init, START, AXIS)
     inside = jax.shard_map(tx.init, mesh=make_mesh(_NUM_DEVICES), in_specs=P(), out_specs=specs)(_params())
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), tx.init(START), inside)
@@ -247,11 +247,12 @@ def test_multi_steps_of_a_chain():
     assert dho2.spectrum(state).eigenvectors["b"].sharding.spec == P(None, AXIS)
 
 
-def _injected(alpha: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
-    def make(alpha: Any) -> optax.GradientTransformationExtraArgs:
-        return _dho2(base=optax.sgd(0.03), mesh=make_mesh(_NUM_DEVICES), alpha=alpha, **options)
+def _injected(alpha: Any = 0.1) -> optax.GradientTransformationExtraArgs:
+    def make(alpha: Any, refresh_interval: Any) -> optax.GradientTransformationExtraArgs:
+        numbers = {"alpha": alpha, "refresh_interval": refresh_interval}
+        return _dho2(base=optax.sgd(0.03), mesh=make_mesh(_NUM_DEVICES), **numbers)
 
-    return optax.inject_hyperparams(make)(alpha)
+    return optax.inject_hyperparams(make)(alpha, refresh_interval=2)
 
 
 def test_injected_hyperparameters():
