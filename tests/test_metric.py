@@ -409,15 +409,22 @@ def test_a_metric_of_whole_leaves_needs_the_base_on_whole_leaves():
 )
 def test_a_curvature_group_works_in_the_metric_of_the_optimizer(num_training, metric, base_on_segments):
     devices = jax.devices("cpu")
-    placed = {"mesh": helpers.make_mesh(num_training), "axis_name": AXIS} if num_training > 1 else {}
-    options = {"rank": 3, "order": 12, "tolerance": 0.0, "metric": None if metric == "base" else metric}
-    placed |= {"base_on_segments": base_on_segments}
-    tx = dho2.dho2(optax.adam(1e-3), **grouped(rank=3, refresh_interval=None, metric=metric, **placed))
-    group = dho2.CurvatureGroup(_loss, **grouped(devices=devices[-2:], interval=4, deterministic=True, **options))
+    mesh = helpers.make_mesh(num_training)
+    split = dho2.Split(AXIS, mesh=mesh, base_on_segments=base_on_segments) if num_training > 1 else None
+    tx = dho2.dho2(optax.adam(1e-3), rank=3, refresh_interval=None, metric=metric, split=split)
+    group = dho2.CurvatureGroup(
+        _loss,
+        devices=devices[-2:],
+        rank=3,
+        interval=4,
+        deterministic=True,
+        metric=None if metric == "base" else metric,
+        eigensolver=dho2.Eigensolver(order=12, tolerance=0.0),
+    )
     group.memory(_PARAMS, _BATCH)  # of a program without a metric, which must not be taken for that of the optimizer
     params, state = _PARAMS, tx.init(_PARAMS)
     if num_training > 1:
-        replicated = jax.sharding.NamedSharding(placed["mesh"], jax.sharding.PartitionSpec())
+        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         params = jax.device_put(params, replicated)
 
     @jax.jit

@@ -252,7 +252,7 @@ def test_streaming_with_clipping_in_front_and_decay_behind():
 
     @jax.jit
     def step(params: Any, state: Any) -> Any:
-        _, grads, hvp = dho2.value_grad_and_hvp(names["loss_fn"])(params, state, batch)
+        _, grads, hvp = dho2.value_grad_and_hvp(names["loss_fn"], batch_size=None)(params, state, batch)
         updates, state = tx.update(grads, state, params, hvp=hvp)
         return optax.apply_updates(params, updates), state
 

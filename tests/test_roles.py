@@ -204,9 +204,11 @@ _BASES = {
 def _train_small(base, mesh=None, group_size=1, in_shard_map=False):
     """Ten updates, three of them right after an installation; parameters and the last spectrum."""
     tx, options = _BASES[base]()
+    on_segments = options.pop("base_on_segments", True)
     if mesh is not None:
-        options = {"axis_name": "data", **options, **({} if in_shard_map else {"mesh": mesh})}
-    tx = dho2.dho2(tx, **grouped(refresh_interval=None, rank=2, alpha=0.5, **options))
+        split = dho2.Split("data", mesh=None if in_shard_map else mesh, base_on_segments=on_segments)
+        options = {"split": split, **options}
+    tx = dho2.dho2(tx, refresh_interval=None, rank=2, alpha=0.5, **options)
 
     def step(params, state, batch):
         updates, state = tx.update(jax.grad(_small_loss)(params, batch), state, params)
