@@ -371,7 +371,7 @@ def test_the_interval_never_falls_below_the_probe_interval():
     matrices *= np.float32(3.0 ** (np.arange(_NUM_STEPS) // 6 % 2))[:, None, None]  # a cycle takes six steps
     trace = _run(matrices, **_ADAPTING)
     assert set(_intervals(trace)) == {1}
-    trace = _run(_jumping(_NUM_STEPS), **{**_ADAPTING, "probe_interval": 3})
+    trace = _run(_jumping(_NUM_STEPS), **{**_ADAPTING, "probe_interval": (3, 8)})
     assert _intervals(trace)[:3] == [3, 6, 8]
 
 
