@@ -41,7 +41,7 @@ def check_search(num_smallest: Any, order: Any, select: Any) -> None:
             "already takes the most negative eigenvalues where they are large."
         )
     if order is not None and (not is_int(order) or order < 1):
-        raise ValueError(f"`order` must be a positive Python int or None, got {order!r}. {INJECTION_HINT}")
+        raise ValueError(f"`order` must be an int of at least 1 or None, got {order!r}. {INJECTION_HINT}")
 
 
 def check_selection(rank: Any, num_smallest: Any, order: Any, select: Any) -> None:

@@ -55,7 +55,7 @@ def test_a_group_refuses_what_it_would_ignore():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: dho2.Eigensolver(order=0), "`order` must be a positive Python int or None, got 0"),
+        (lambda: dho2.Eigensolver(order=0), "`order` must be an int of at least 1 or None, got 0"),
         (lambda: dho2.Eigensolver(anchored=jnp.bool_(True)), "`anchored` must be True or False, got "),
         (lambda: dho2.Eigensolver(rayleigh=3), "`rayleigh` must be callable, got 3"),
         (lambda: dho2.Newton(subspace=3), "`subspace` must be an optax.GradientTransformation, got 3"),
