@@ -13,6 +13,7 @@ import pytest
 import dho2_optax as dho2
 from benchmarks import machine
 from benchmarks.target import methods, report, safeguards, tasks, training
+from benchmarks.target.equations import EQUATIONS, relative_error
 from benchmarks.target.interface import Method, Setting, Trainer
 from benchmarks.target.methods import METHODS, select
 from benchmarks.target.store import Store, best_rate
@@ -286,6 +287,83 @@ def test_every_method_can_be_traced_with_the_rate_it_is_given(digits, name):
 def test_products_are_made_on_a_part_of_the_batch(digits, predictions, batch_size, wanted, expected):
     task = dataclasses.replace(digits, predictions=predictions)
     assert methods._curvature_batch_size(Setting(task, batch_size, 0.1, 100), wanted) == expected
+
+
+def test_products_of_a_task_are_made_on_its_share_of_the_batch(digits):
+    task = dataclasses.replace(digits, curvature_share=1.0)
+    assert methods._curvature_batch_size(Setting(task, 1024, 0.1, 100), None) == 1024
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_the_exact_solution_has_no_loss_and_no_error(name):
+    equation = EQUATIONS[name]
+    with jax.enable_x64(True):
+        points = jnp.asarray(equation.points(100, seed=0), jnp.float64)
+        assert np.all((points >= np.array(equation.low)) & (points <= np.array(equation.high)))
+        assert equation.loss(equation.solution, points) < 1e-15
+        assert relative_error(equation.solution, equation.solution, points) == 0
+        assert relative_error(lambda p: 1.25 * equation.solution(p), equation.solution, points) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "expected"),
+    [
+        # Speed 9 instead of 10: the residual is cos(x - 9 t).
+        ("convection", lambda p: jnp.sin(p[0] - 9 * p[1]), lambda p: jnp.mean(jnp.cos(p[:, 0] - 9 * p[:, 1]) ** 2)),
+        # A solution of the equation, periodic, that starts with 1 too much.
+        ("convection", lambda p: jnp.sin(p[0] - 10 * p[1]) + 1, lambda p: 1.0),
+        # One that is not periodic, and starts with x too much.
+        (
+            "convection",
+            lambda p: jnp.sin(p[0] - 10 * p[1]) + p[0] - 10 * p[1],
+            lambda p: (2 * np.pi) ** 2 + np.mean(np.linspace(0, 2 * np.pi, 128) ** 2),
+        ),
+        # Harmonic, so amiss at the boundary only: x on two sides, 0 and 1 on the others.
+        (
+            "poisson",
+            lambda p: EQUATIONS["poisson"].solution(p) + p[0],
+            lambda p: (1 + 2 * np.mean(np.linspace(0, 1, 128) ** 2)) / 4,
+        ),
+        ("poisson", lambda p: 0.0 * p[0], lambda p: jnp.mean((5 * np.pi**2 * EQUATIONS["poisson"].solution(p.T)) ** 2)),
+        # A wave that solves the equation, with values of its own at the start and at the walls.
+        (
+            "burgers",
+            lambda p: p[0] / (1 + p[1]),
+            lambda p: (
+                np.mean((np.linspace(-1, 1, 128) + np.sin(np.pi * np.linspace(-1, 1, 128))) ** 2)
+                + np.mean(1 / (1 + np.linspace(0, 1, 128)) ** 2)
+            ),
+        ),
+        # Without viscosity: the residual is nu u_xx = 2 nu.
+        (
+            "burgers",
+            lambda p: p[0] ** 2,
+            lambda p: (
+                jnp.mean((2 * p[:, 0] ** 3 - 0.2 / np.pi) ** 2)
+                + np.mean((np.linspace(-1, 1, 128) ** 2 + np.sin(np.pi * np.linspace(-1, 1, 128))) ** 2)
+                + 1
+            ),
+        ),
+    ],
+)
+def test_the_loss_of_an_equation_is_what_is_amiss_inside_and_at_the_boundary(name, wrong, expected):
+    with jax.enable_x64(True):
+        points = jnp.asarray(EQUATIONS[name].points(100, seed=0), jnp.float64)
+        assert float(EQUATIONS[name].loss(wrong, points)) == pytest.approx(float(expected(points)), rel=1e-10)
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_an_equation_is_trained_on_all_its_points(name):
+    task = tasks.build(name, tasks.Sources())
+    params = task.init(jax.random.key(0))
+    assert [x.shape for x in jax.tree.leaves(params) if x.ndim == 2] == [(2, 50), (50, 50), (50, 50), (50, 1)]
+    assert task.train["points"].shape == (1024, 2)
+    assert task.num_test <= training._EVALUATION_CHUNK
+    small = dataclasses.replace(task, train={"points": task.train["points"][:64]})
+    found = training.run(training.Program(small, METHODS["adam"], 64), training.Evaluation(small), 1e-3, 3, seed=0)
+    assert found["status"] == "ok"
+    assert found["losses"][-1] < found["losses"][0]
+    assert 0 < found["test_loss"] < 10
 
 
 def _guarded_run(guard, losses=None, num_steps=9, **options):
