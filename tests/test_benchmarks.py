@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import dho2_optax as dho2
-from benchmarks import machine
+from benchmarks import compile, machine
 from benchmarks.target import methods, report, safeguards, tasks, training
 from benchmarks.target.equations import EQUATIONS, relative_error
 from benchmarks.target.interface import Method, Setting, Trainer
@@ -112,6 +112,11 @@ def test_the_command_names_packages_and_modules():
         ("target/report.py", "benchmarks.target.report"),
     ):
         assert f"python -m {name} --x" == machine.describe([here.replace("machine.py", file), "--x"])["command"]
+
+
+def test_a_machine_without_git_is_described(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert machine.describe([machine.__file__])["commit"] == "unknown"
 
 
 def test_texts_are_cut_in_sequences_that_predict_the_next_character(tmp_path):
@@ -410,3 +415,50 @@ def test_a_loss_that_rises_halves_the_limit_and_it_grows_back():
     growing = {"base_scale_growth": 10.0, "sharpness_limit": float("inf"), "refresh_interval": 1}
     for _, state in _guarded_run(safeguards.limited_by_loss(1.1), losses, **growing):
         assert float(state.inner_state.sigma) <= float(state.limit) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("leaves", compile.NETWORKS)
+def test_the_networks_that_are_compiled_have_the_leaves_they_are_named_by(leaves):
+    assert len(jax.tree.leaves(jax.eval_shape(compile.NETWORKS[leaves]().init, jax.random.key(0)))) == leaves
+
+
+@pytest.mark.parametrize("name", compile.METHODS)
+def test_every_step_that_is_compiled_gives_what_it_takes(name):
+    network = compile.NETWORKS[3]()
+    method = compile.METHODS[name](network.loss_fn)
+    params, batch = jax.eval_shape(network.init, jax.random.key(0)), jax.eval_shape(network.batch, jax.random.key(1))
+    state = jax.eval_shape(method.init, params)
+    after = jax.eval_shape(method.step, params, state, batch)
+    same = lambda x: (x.shape, x.dtype)  # noqa: E731
+    assert jax.tree.map(same, after) == jax.tree.map(same, (params, state))
+
+
+def test_a_compilation_is_measured_part_by_part():
+    row = compile.measure(3, "adam", repeats=2)
+    assert row["num_params"] == 64 * 32 + 32 * 32 + 32 * 10
+    assert set(row["median"]) == {"trace", "lower", "compile"}
+    assert all(len(row["seconds"][part]) == 2 and min(row["seconds"][part]) > 0 for part in row["median"])
+    # What is compiled has the gradient's products, and StableHLO has a line for each.
+    assert row["stablehlo_lines"] > 50
+    assert row["hlo_lines"] > 50
+
+
+def _compiled(leaves, method, lines):
+    median = {"trace": 0.25, "lower": 0.25, "compile": 1.0}
+    return {"leaves": leaves, "method": method, "median": median, "stablehlo_lines": 2 * lines, "hlo_lines": lines}
+
+
+def test_lines_per_leaf_are_those_beyond_the_floor():
+    rows = [
+        _compiled(29, "floor_adam", 1000),
+        _compiled(113, "floor_adam", 1000 + 84 * 30),
+        _compiled(29, "dho2_adam", 3000),
+        _compiled(113, "dho2_adam", 3000 + 84 * 50),
+        _compiled(29, "mr_dho2_adam", 3000),
+    ]
+    assert compile.lines_per_leaf(rows) == {"dho2_adam": {"stablehlo_lines": 40.0, "hlo_lines": 20.0}}
+    lines = compile.table({"rows": rows, "lines_per_leaf": compile.lines_per_leaf(rows)}).splitlines()
+    assert lines[0] == "| step | 29 leaves | 113 leaves |"
+    assert lines[3] == "| dho2_adam | 1.5 s (0.5), 3000 lines | 1.5 s (0.5), 7200 lines |"
+    assert lines[4] == "| mr_dho2_adam | 1.5 s (0.5), 3000 lines | - |"
+    assert lines[6] == "dho2_adam adds 20 lines a leaf to those of floor_adam (40 of StableHLO)."
