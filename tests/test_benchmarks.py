@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import optax
 import pytest
 
 import dho2_optax as dho2
-from benchmarks import compile, machine
+from benchmarks import accelerator, compile, machine, networks
 from benchmarks.target import methods, report, safeguards, tasks, training
 from benchmarks.target.equations import EQUATIONS, relative_error
 from benchmarks.target.interface import Method, Setting, Trainer
@@ -422,6 +423,39 @@ def test_the_networks_that_are_compiled_have_the_leaves_they_are_named_by(leaves
     assert len(jax.tree.leaves(jax.eval_shape(compile.NETWORKS[leaves]().init, jax.random.key(0)))) == leaves
 
 
+def test_the_leaves_of_a_residual_network_are_those_of_resnet_50():
+    network = accelerator.SCALES["full"].networks["resnet"](dtype=jnp.bfloat16)
+    found = jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0)))
+    assert (len(found), sum(x.size for x in found)) == (161, 25_557_032)
+    assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["transformer", "resnet"])
+def test_every_step_on_an_accelerator_can_be_traced_and_gives_what_it_takes(name, dtype):
+    """Nothing is compiled. Products are made on less than the batch."""
+    network = accelerator.SCALES["small"].networks[name](dtype=jnp.dtype(dtype))
+    params, batch = jax.eval_shape(network.init, jax.random.key(0)), jax.eval_shape(network.batch, jax.random.key(1))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+    assert jax.eval_shape(network.loss_fn, params, batch).dtype == jnp.float32
+    for method_name in accelerator.METHODS:
+        method = accelerator._method(method_name, network.loss_fn, 2, 5)
+        state = jax.eval_shape(method.init, params)
+        after = jax.eval_shape(method.step, params, state, batch)
+        same = lambda x: (x.shape, x.dtype)  # noqa: E731
+        assert jax.tree.map(same, after) == jax.tree.map(same, (params, state))
+
+
+@pytest.mark.parametrize(("name", "classes"), [("transformer", 32), ("resnet", 8)])
+def test_a_network_that_knows_nothing_has_the_loss_of_guessing(name, classes):
+    network = accelerator.SCALES["small"].networks[name](dtype=jnp.float32)
+    params = jax.jit(network.init)(jax.random.key(0))
+    flat = {**params, **{key: jax.tree.map(jnp.zeros_like, params[key]) for key in ("logits", "head") if key in params}}
+    loss_fn, batch = jax.jit(network.loss_fn), network.batch(jax.random.key(1))
+    assert float(loss_fn(flat, batch)) == pytest.approx(math.log(classes))
+    assert float(loss_fn(params, batch)) != pytest.approx(math.log(classes))
+
+
 @pytest.mark.parametrize("name", compile.METHODS)
 def test_every_step_that_is_compiled_gives_what_it_takes(name):
     network = compile.NETWORKS[3]()
@@ -462,3 +496,105 @@ def test_lines_per_leaf_are_those_beyond_the_floor():
     assert lines[3] == "| dho2_adam | 1.5 s (0.5), 3000 lines | 1.5 s (0.5), 7200 lines |"
     assert lines[4] == "| mr_dho2_adam | 1.5 s (0.5), 3000 lines | - |"
     assert lines[6] == "dho2_adam adds 20 lines a leaf to those of floor_adam (40 of StableHLO)."
+
+
+_PROGRAM = """HloModule jit_f
+
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %m = f32[8]{0} multiply(%p, %p)
+}
+
+%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %t = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[8]{0} get-tuple-element(%t), index=1
+  %f = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused
+  %d = f32[8]{0} dot(%f, %f), lhs_contracting_dims={0}
+  ROOT %r = (s32[], f32[8]{0}) tuple(%i, %d)
+}
+
+%taken (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %c = f32[8]{0} copy(%x)
+}
+
+ENTRY %main (a: f32[8], b: pred[]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %b = pred[] parameter(1)
+  %zero = s32[] constant(0)
+  %s = (s32[], f32[8]{0}) tuple(%zero, %a)
+  %w = (s32[], f32[8]{0}) while(%s), condition=%body, body=%body
+  %y = f32[8]{0} get-tuple-element(%w), index=1
+  %z = f32[8]{0} fusion(%y), kind=kLoop, calls=%fused
+  ROOT %o = f32[8]{0} conditional(%b, %z, %z), branch_computations={%taken, %taken}
+}
+"""
+
+
+def test_kernels_are_counted_by_where_they_are_started():
+    assert accelerator.kernels(_PROGRAM) == {
+        "always": {"total": 3, "while": 1, "fusion": 1, "conditional": 1},
+        "loops": {"total": 2, "fusion": 1, "dot": 1},
+        "branches": {"total": 1, "copy": 1},
+    }
+
+
+def test_items_without_time_are_left_out_and_failures_are_written(tmp_path):
+    def fail():
+        raise ValueError("one\ntwo")
+
+    wanted = [
+        accelerator.Item("long", 1000, lambda: {"x": 0}),
+        accelerator.Item("failing", 1, fail),
+        accelerator.Item("short", 1, lambda: {"x": 1}),
+    ]
+    states = accelerator.measure(wanted, tmp_path / "out", {"commit": "c"}, time.monotonic() + 100)
+    assert states == {"long": "left out", "failing": "failed", "short": "ok"}
+    files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").iterdir()}
+    assert {name: found["status"] for name, found in files.items()} == states
+    assert files["failing"]["error"] == "ValueError: one two"
+    assert files["short"]["result"] == {"x": 1}
+    assert all(found["commit"] == "c" for found in files.values())
+
+
+def test_the_items_on_an_accelerator_are_in_the_order_of_importance(tmp_path):
+    names = [item.name for item in accelerator.items(accelerator.SCALES["full"], tmp_path, 0.0)]
+    assert len(names) == len(set(names)) == 2 * 2 * 3 + 2 + 1 + 1 + 1 + 2 * 3
+    assert names[:5] == [
+        "steps_transformer_float32_adam",
+        "steps_transformer_float32_dho2_adam",
+        "steps_transformer_float32_mr_dho2_adam",
+        "floors_transformer_float32",
+        "autoencoder",
+    ]
+    assert names[-1] == "compile_113_mr_dho2_adam"
+    assert "overlap" in names  # there are eight devices
+
+
+@pytest.mark.slow
+def test_an_accelerator_is_measured(tmp_path, monkeypatch):
+    """Without the data set, and on a network of three leaves: hybrids take long to compile."""
+    monkeypatch.setattr(accelerator, "FASHION_MNIST", str(tmp_path / "missing"))
+    monkeypatch.setattr(methods, "select", lambda names: {"adam": METHODS["adam"]})
+    small = accelerator.SCALES["small"]._replace(
+        networks={"mlp": lambda dtype: networks.mlp((12, 8, 8, 4), batch_size=16)}, dtypes=("float32",), leaves=()
+    )
+    deadline = time.monotonic() + 10_000
+    wanted = [item for item in accelerator.items(small, tmp_path, deadline) if item.name != "overlap"]
+    states = accelerator.measure(wanted, tmp_path, {}, deadline)
+    assert set(states.values()) == {"ok"}
+    results = {name: json.loads((tmp_path / f"{name}.json").read_text())["result"] for name in states}
+    products = {name: results[f"steps_mlp_float32_{name}"]["products_per_step"] for name in accelerator.METHODS}
+    assert products["adam"] == 0
+    assert min(products["dho2_adam"], products["mr_dho2_adam"]) > 0
+    assert all(results[f"steps_mlp_float32_{name}"]["num_params"] == 192 for name in accelerator.METHODS)
+    found = results["floors_mlp_float32"]
+    assert found["update"]["bytes"] == 4 * 192 * (4 * accelerator.RANK + 6)
+    assert found["update"]["floor"] == pytest.approx(found["update"]["bytes"] / found["bandwidth"])
+    assert 8 < found["refresh"]["products"] <= 16
+    found = results["autoencoder"]
+    assert found["complete"]
+    assert found["data"] == "200 random images"
+    assert len(found["methods"]["adam"]["final_losses"]) == 3
+    assert 0 < found["methods"]["adam"]["steps to Adam's loss"] <= 4
