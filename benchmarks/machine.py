@@ -30,13 +30,6 @@ def keep_memory(module: str) -> None:
 
 def describe(argv: Sequence[str]) -> dict[str, Any]:
     """Machine, versions, commit and command, for the head of a results file."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     device = jax.devices()[0]
     return {
         "machine": {
@@ -50,9 +43,19 @@ def describe(argv: Sequence[str]) -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")},
         },
         "environment": {name: os.environ.get(name) for name in ("XLA_FLAGS", *ALLOCATOR)},
-        "commit": commit or "unknown",
+        "commit": _commit() or "unknown",
         "command": " ".join(["python", "-m", _module(argv[0]), *map(_shown, argv[1:])]),
     }
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ).stdout.strip()
+    except OSError:  # no git
+        return ""
 
 
 def _shown(argument: str) -> str:

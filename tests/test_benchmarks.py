@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ import optax
 import pytest
 
 import dho2_optax as dho2
-from benchmarks import machine
+from benchmarks import accelerator, compile, machine, networks
 from benchmarks.target import methods, report, safeguards, tasks, training
+from benchmarks.target.equations import EQUATIONS, relative_error
 from benchmarks.target.interface import Method, Setting, Trainer
 from benchmarks.target.methods import METHODS, select
 from benchmarks.target.store import Store, best_rate
@@ -111,6 +113,11 @@ def test_the_command_names_packages_and_modules():
         ("target/report.py", "benchmarks.target.report"),
     ):
         assert f"python -m {name} --x" == machine.describe([here.replace("machine.py", file), "--x"])["command"]
+
+
+def test_a_machine_without_git_is_described(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert machine.describe([machine.__file__])["commit"] == "unknown"
 
 
 def test_texts_are_cut_in_sequences_that_predict_the_next_character(tmp_path):
@@ -288,6 +295,83 @@ def test_products_are_made_on_a_part_of_the_batch(digits, predictions, batch_siz
     assert methods._curvature_batch_size(Setting(task, batch_size, 0.1, 100), wanted) == expected
 
 
+def test_products_of_a_task_are_made_on_its_share_of_the_batch(digits):
+    task = dataclasses.replace(digits, curvature_share=1.0)
+    assert methods._curvature_batch_size(Setting(task, 1024, 0.1, 100), None) == 1024
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_the_exact_solution_has_no_loss_and_no_error(name):
+    equation = EQUATIONS[name]
+    with jax.enable_x64(True):
+        points = jnp.asarray(equation.points(100, seed=0), jnp.float64)
+        assert np.all((points >= np.array(equation.low)) & (points <= np.array(equation.high)))
+        assert equation.loss(equation.solution, points) < 1e-15
+        assert relative_error(equation.solution, equation.solution, points) == 0
+        assert relative_error(lambda p: 1.25 * equation.solution(p), equation.solution, points) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "expected"),
+    [
+        # Speed 9 instead of 10: the residual is cos(x - 9 t).
+        ("convection", lambda p: jnp.sin(p[0] - 9 * p[1]), lambda p: jnp.mean(jnp.cos(p[:, 0] - 9 * p[:, 1]) ** 2)),
+        # A solution of the equation, periodic, that starts with 1 too much.
+        ("convection", lambda p: jnp.sin(p[0] - 10 * p[1]) + 1, lambda p: 1.0),
+        # One that is not periodic, and starts with x too much.
+        (
+            "convection",
+            lambda p: jnp.sin(p[0] - 10 * p[1]) + p[0] - 10 * p[1],
+            lambda p: (2 * np.pi) ** 2 + np.mean(np.linspace(0, 2 * np.pi, 128) ** 2),
+        ),
+        # Harmonic, so amiss at the boundary only: x on two sides, 0 and 1 on the others.
+        (
+            "poisson",
+            lambda p: EQUATIONS["poisson"].solution(p) + p[0],
+            lambda p: (1 + 2 * np.mean(np.linspace(0, 1, 128) ** 2)) / 4,
+        ),
+        ("poisson", lambda p: 0.0 * p[0], lambda p: jnp.mean((5 * np.pi**2 * EQUATIONS["poisson"].solution(p.T)) ** 2)),
+        # A wave that solves the equation, with values of its own at the start and at the walls.
+        (
+            "burgers",
+            lambda p: p[0] / (1 + p[1]),
+            lambda p: (
+                np.mean((np.linspace(-1, 1, 128) + np.sin(np.pi * np.linspace(-1, 1, 128))) ** 2)
+                + np.mean(1 / (1 + np.linspace(0, 1, 128)) ** 2)
+            ),
+        ),
+        # Without viscosity: the residual is nu u_xx = 2 nu.
+        (
+            "burgers",
+            lambda p: p[0] ** 2,
+            lambda p: (
+                jnp.mean((2 * p[:, 0] ** 3 - 0.2 / np.pi) ** 2)
+                + np.mean((np.linspace(-1, 1, 128) ** 2 + np.sin(np.pi * np.linspace(-1, 1, 128))) ** 2)
+                + 1
+            ),
+        ),
+    ],
+)
+def test_the_loss_of_an_equation_is_what_is_amiss_inside_and_at_the_boundary(name, wrong, expected):
+    with jax.enable_x64(True):
+        points = jnp.asarray(EQUATIONS[name].points(100, seed=0), jnp.float64)
+        assert float(EQUATIONS[name].loss(wrong, points)) == pytest.approx(float(expected(points)), rel=1e-10)
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_an_equation_is_trained_on_all_its_points(name):
+    task = tasks.build(name, tasks.Sources())
+    params = task.init(jax.random.key(0))
+    assert [x.shape for x in jax.tree.leaves(params) if x.ndim == 2] == [(2, 50), (50, 50), (50, 50), (50, 1)]
+    assert task.train["points"].shape == (1024, 2)
+    assert task.num_test <= training._EVALUATION_CHUNK
+    small = dataclasses.replace(task, train={"points": task.train["points"][:64]})
+    found = training.run(training.Program(small, METHODS["adam"], 64), training.Evaluation(small), 1e-3, 3, seed=0)
+    assert found["status"] == "ok"
+    assert found["losses"][-1] < found["losses"][0]
+    assert 0 < found["test_loss"] < 10
+
+
 def _guarded_run(guard, losses=None, num_steps=9, **options):
     """States and updates of a guarded optimizer on a quadratic whose curvature doubles at every update."""
 
@@ -334,3 +418,187 @@ def test_a_loss_that_rises_halves_the_limit_and_it_grows_back():
     growing = {"base_scale_growth": 10.0, "sharpness_limit": float("inf"), "refresh_interval": 1}
     for _, state in _guarded_run(safeguards.limited_by_loss(1.1), losses, **growing):
         assert float(state.inner_state.sigma) <= float(state.limit) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("leaves", compile.NETWORKS)
+def test_the_networks_that_are_compiled_have_the_leaves_they_are_named_by(leaves):
+    assert len(jax.tree.leaves(jax.eval_shape(compile.NETWORKS[leaves]().init, jax.random.key(0)))) == leaves
+
+
+def test_the_leaves_of_a_residual_network_are_those_of_resnet_50():
+    network = accelerator.SCALES["full"].networks["resnet"](dtype=jnp.bfloat16)
+    found = jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0)))
+    assert (len(found), sum(x.size for x in found)) == (161, 25_557_032)
+    assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["transformer", "resnet"])
+def test_every_step_on_an_accelerator_can_be_traced_and_gives_what_it_takes(name, dtype):
+    """Nothing is compiled. Products are made on less than the batch."""
+    network = accelerator.SCALES["small"].networks[name](dtype=jnp.dtype(dtype))
+    params, batch = jax.eval_shape(network.init, jax.random.key(0)), jax.eval_shape(network.batch, jax.random.key(1))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+    assert jax.eval_shape(network.loss_fn, params, batch).dtype == jnp.float32
+    for method_name in accelerator.METHODS:
+        method = accelerator._method(method_name, network.loss_fn, 2, 5)
+        state = jax.eval_shape(method.init, params)
+        after = jax.eval_shape(method.step, params, state, batch)
+        same = lambda x: (x.shape, x.dtype)  # noqa: E731
+        assert jax.tree.map(same, after) == jax.tree.map(same, (params, state))
+
+
+@pytest.mark.parametrize(("name", "classes"), [("transformer", 32), ("resnet", 8)])
+def test_a_network_that_knows_nothing_has_the_loss_of_guessing(name, classes):
+    network = accelerator.SCALES["small"].networks[name](dtype=jnp.float32)
+    params = jax.jit(network.init)(jax.random.key(0))
+    flat = {**params, **{key: jax.tree.map(jnp.zeros_like, params[key]) for key in ("logits", "head") if key in params}}
+    loss_fn, batch = jax.jit(network.loss_fn), network.batch(jax.random.key(1))
+    assert float(loss_fn(flat, batch)) == pytest.approx(math.log(classes))
+    assert float(loss_fn(params, batch)) != pytest.approx(math.log(classes))
+
+
+@pytest.mark.parametrize("name", compile.METHODS)
+def test_every_step_that_is_compiled_gives_what_it_takes(name):
+    network = compile.NETWORKS[3]()
+    method = compile.METHODS[name](network.loss_fn)
+    params, batch = jax.eval_shape(network.init, jax.random.key(0)), jax.eval_shape(network.batch, jax.random.key(1))
+    state = jax.eval_shape(method.init, params)
+    after = jax.eval_shape(method.step, params, state, batch)
+    same = lambda x: (x.shape, x.dtype)  # noqa: E731
+    assert jax.tree.map(same, after) == jax.tree.map(same, (params, state))
+
+
+def test_a_compilation_is_measured_part_by_part():
+    row = compile.measure(3, "adam", repeats=2)
+    assert row["num_params"] == 64 * 32 + 32 * 32 + 32 * 10
+    assert set(row["median"]) == {"trace", "lower", "compile"}
+    assert all(len(row["seconds"][part]) == 2 and min(row["seconds"][part]) > 0 for part in row["median"])
+    assert row["stablehlo_lines"] > 50
+    assert 50 < row["hlo_instructions"] < row["hlo_lines"]
+
+
+def _compiled(leaves, method, lines):
+    median = {"trace": 0.25, "lower": 0.25, "compile": 1.0}
+    counts = {"stablehlo_lines": 2 * lines, "hlo_lines": lines, "hlo_instructions": lines // 2}
+    return {"leaves": leaves, "method": method, "median": median, **counts}
+
+
+def test_lines_per_leaf_are_those_beyond_the_floor():
+    rows = [
+        _compiled(29, "floor_adam", 1000),
+        _compiled(113, "floor_adam", 1000 + 84 * 30),
+        _compiled(29, "dho2_adam", 3000),
+        _compiled(113, "dho2_adam", 3000 + 84 * 50),
+        _compiled(29, "mr_dho2_adam", 3000),
+    ]
+    assert compile.lines_per_leaf(rows) == {
+        "dho2_adam": {"stablehlo_lines": 40.0, "hlo_lines": 20.0, "hlo_instructions": 10.0}
+    }
+    lines = compile.table({"rows": rows, "lines_per_leaf": compile.lines_per_leaf(rows)}).splitlines()
+    assert lines[0] == "| step | 29 leaves | 113 leaves |"
+    assert lines[3] == "| dho2_adam | 1.5 s (0.5), 3000 lines | 1.5 s (0.5), 7200 lines |"
+    assert lines[4] == "| mr_dho2_adam | 1.5 s (0.5), 3000 lines | - |"
+    assert lines[6] == "dho2_adam adds 20 lines a leaf to those of floor_adam (10 instructions), and 40 of StableHLO."
+
+
+_PROGRAM = """HloModule jit_f
+
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %m = f32[8]{0} multiply(%p, %p)
+}
+
+%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %t = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[8]{0} get-tuple-element(%t), index=1
+  %f = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused
+  %d = f32[8]{0} dot(%f, %f), lhs_contracting_dims={0}
+  ROOT %r = (s32[], f32[8]{0}) tuple(%i, %d)
+}
+
+%taken (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %c = f32[8]{0} copy(%x)
+}
+
+ENTRY %main (a: f32[8], b: pred[]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %b = pred[] parameter(1)
+  %zero = s32[] constant(0)
+  %s = (s32[], f32[8]{0}) tuple(%zero, %a)
+  %w = (s32[], f32[8]{0}) while(%s), condition=%body, body=%body
+  %y = f32[8]{0} get-tuple-element(%w), index=1
+  %z = f32[8]{0} fusion(%y), kind=kLoop, calls=%fused
+  ROOT %o = f32[8]{0} conditional(%b, %z, %z), branch_computations={%taken, %taken}
+}
+"""
+
+
+def test_kernels_are_counted_by_where_they_are_started():
+    assert accelerator.kernels(_PROGRAM) == {
+        "always": {"total": 3, "while": 1, "fusion": 1, "conditional": 1},
+        "loops": {"total": 2, "fusion": 1, "dot": 1},
+        "branches": {"total": 1, "copy": 1},
+    }
+
+
+def test_items_without_time_are_left_out_and_failures_are_written(tmp_path):
+    def fail():
+        raise ValueError("one\ntwo")
+
+    wanted = [
+        accelerator.Item("long", 1000, lambda: {"x": 0}),
+        accelerator.Item("failing", 1, fail),
+        accelerator.Item("short", 1, lambda: {"x": 1}),
+    ]
+    states = accelerator.measure(wanted, tmp_path / "out", {"commit": "c"}, time.monotonic() + 100)
+    assert states == {"long": "left out", "failing": "failed", "short": "ok"}
+    files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").iterdir()}
+    assert {name: found["status"] for name, found in files.items()} == states
+    assert files["failing"]["error"] == "ValueError: one two"
+    assert files["short"]["result"] == {"x": 1}
+    assert all(found["commit"] == "c" for found in files.values())
+
+
+def test_the_items_on_an_accelerator_are_in_the_order_of_importance(tmp_path):
+    names = [item.name for item in accelerator.items(accelerator.SCALES["full"], tmp_path, 0.0)]
+    assert len(names) == len(set(names)) == 2 * 2 * 3 + 2 + 1 + 1 + 1 + 2 * 3
+    assert names[:5] == [
+        "steps_transformer_float32_adam",
+        "steps_transformer_float32_dho2_adam",
+        "steps_transformer_float32_mr_dho2_adam",
+        "floors_transformer_float32",
+        "autoencoder",
+    ]
+    assert names[-1] == "compile_113_mr_dho2_adam"
+    assert "overlap" in names  # there are eight devices
+
+
+@pytest.mark.slow
+def test_an_accelerator_is_measured(tmp_path, monkeypatch):
+    """Without the data set, and on a network of three leaves: hybrids take long to compile."""
+    monkeypatch.setattr(accelerator, "FASHION_MNIST", str(tmp_path / "missing"))
+    monkeypatch.setattr(methods, "select", lambda names: {"adam": METHODS["adam"]})
+    small = accelerator.SCALES["small"]._replace(
+        networks={"mlp": lambda dtype: networks.mlp((12, 8, 8, 4), batch_size=16)}, dtypes=("float32",), leaves=()
+    )
+    deadline = time.monotonic() + 10_000
+    wanted = [item for item in accelerator.items(small, tmp_path, deadline) if item.name != "overlap"]
+    states = accelerator.measure(wanted, tmp_path, {}, deadline)
+    assert set(states.values()) == {"ok"}
+    results = {name: json.loads((tmp_path / f"{name}.json").read_text())["result"] for name in states}
+    products = {name: results[f"steps_mlp_float32_{name}"]["products_per_step"] for name in accelerator.METHODS}
+    assert products["adam"] == 0
+    assert min(products["dho2_adam"], products["mr_dho2_adam"]) > 0
+    assert all(results[f"steps_mlp_float32_{name}"]["num_params"] == 192 for name in accelerator.METHODS)
+    found = results["floors_mlp_float32"]
+    assert found["update"]["bytes"] == 4 * 192 * (4 * accelerator.RANK + 6)
+    assert found["update"]["floor"] == pytest.approx(found["update"]["bytes"] / found["bandwidth"])
+    assert 8 < found["refresh"]["products"] <= 16
+    found = results["autoencoder"]
+    assert found["complete"]
+    assert found["data"] == "200 random images"
+    assert len(found["methods"]["adam"]["final_losses"]) == 3
+    assert 0 < found["methods"]["adam"]["steps to Adam's loss"] <= 4

@@ -1,4 +1,4 @@
-"""Time to a target loss: hybrid optimizers against tuned baselines, on ten small tasks.
+"""Time to a target loss: hybrid optimizers against tuned baselines, on thirteen small tasks.
 
     python -m benchmarks.target mlp --batch-size 2000 --steps 500     # tunes, trains, times, prints a table
     python -m benchmarks.target.report                                # writes docs/benchmarks.md and its plots

