@@ -235,7 +235,7 @@ def _accumulate(product: Operator, params: Vector, vector: Vector, batch: Batch,
         part = product(params, vector, microbatch)
         return jax.tree.map(lambda t, p: t + p.astype(t.dtype), total, part), None
 
-    zero = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=vectors.at_least_float32(x.dtype)), vector)
+    zero = jax.tree.map(lambda x: vectors.zeros_like(x, vectors.at_least_float32(x.dtype)), vector)
     chunks = [x.reshape(num_chunks, microbatch_size, *x.shape[1:]) for x in sampled]
     total, _ = lax.scan(add_chunk, zero, chunks)
     return jax.tree.map(lambda t, v: (t / num_chunks).astype(v.dtype), total, vector)

@@ -31,7 +31,7 @@ from jax import lax
 
 from dho2_optax import counters
 from dho2_optax.arguments import INJECTION_HINT, check_numbers, is_int, known
-from dho2_optax.vectors import Vector, as_arrays, at_least_float32
+from dho2_optax.vectors import Vector, as_arrays, at_least_float32, zeros_like
 
 ArrayLike = jax.typing.ArrayLike
 Scaling = Literal["soap", "shampoo"]
@@ -300,9 +300,9 @@ def _start(param: jax.Array, scaling: Scaling, max_size: int) -> _Leaf:
 
     zeros = lambda shape: jnp.zeros(shape, dtype)  # noqa: E731
     identity = lambda shape: jnp.eye(shape[0], dtype=dtype)  # noqa: E731
-    nu = jnp.zeros_like(param, dtype=dtype)
+    nu = zeros_like(param, dtype)
     return _Leaf(
-        mu=jnp.zeros_like(param, dtype=dtype),
+        mu=zeros_like(param, dtype),
         nu=Sides(zeros((rows,)), zeros((columns,))) if is_matrix and scaling == "shampoo" else nu,
         factors=Sides(square(zeros, rows), square(zeros, columns)),
         bases=Sides(square(identity, rows), square(identity, columns)),

@@ -279,7 +279,7 @@ def _diagonal_factors(base_state: Any, like: Vector, axis_name: str | None) -> V
     def half(moment: jax.Array | None, leaf: jax.Array) -> jax.Array:
         dtype = vectors.at_least_float32(leaf.dtype)
         if moment is None:
-            return jnp.ones_like(leaf, dtype=dtype)
+            return 1 + vectors.zeros_like(leaf, dtype)
         root = jax.lax.rsqrt(jnp.sqrt(jnp.maximum(moment.astype(dtype), 0)) + jnp.asarray(_EPSILON, dtype))
         return jnp.where(moment <= 0, jnp.inf, root)
 

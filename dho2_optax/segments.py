@@ -13,6 +13,7 @@ All functions take ``axis_name``; with ``None`` a vector is not split and they r
 Collectives move one buffer per dtype, however many leaves there are.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -98,7 +99,7 @@ def positions(like: Vector, axis_name: str | None) -> Vector:
     def whole(x: jax.Array) -> jax.Array:
         # The zeros carry the sharding of `x` along.
         index = lax.iota(jnp.uint32, x.size).reshape(x.shape)
-        return index + jnp.zeros_like(x, dtype=jnp.uint32)
+        return index + vectors.zeros_like(x, jnp.uint32)
 
     def segment(x: jax.Array) -> jax.Array:
         if bound is None:
@@ -167,8 +168,11 @@ def reduce_scatter_mean(tree: Vector, axis_name: str | None) -> Vector:
     def scatter_group(leaves: list[jax.Array], _: list[tuple[int, ...]]) -> list[jax.Array]:
         pieces = [_flatten(leaf, num_devices).reshape(num_devices, -1) for leaf in leaves]
         buffer = vectors.vary(jnp.concatenate(pieces, axis=1), axis_name)
-        total = lax.psum_scatter(buffer, axis_name, scatter_dimension=0, tiled=False)
-        mean = total / num_devices
+        scatter: Any = functools.partial(lax.psum_scatter, axis_name=axis_name, scatter_dimension=0, tiled=True)
+        others = jax.typeof(buffer).sharding.mesh.explicit_axes
+        if others:  # jax 0.12 fails on their types here
+            scatter = jax.sharding.auto_axes(scatter, axes=others, out_sharding=PartitionSpec())
+        mean = scatter(buffer).reshape(-1) / num_devices
         starts = [sum(p.shape[1] for p in pieces[:i]) for i in range(1, len(pieces))]
         return jnp.split(mean, starts)
 

@@ -271,14 +271,14 @@ def value_grad_and_hvp(
 
         def plain() -> tuple[Any, Any, Any]:
             value, grads = value_and_grad(params, batch)
-            return value, grads, vectors.vary(jax.tree.map(jnp.zeros_like, params), axis_name)
+            return value, grads, vectors.vary(jax.tree.map(vectors.zeros_like, params), axis_name)
 
         def probe() -> tuple[Any, Any, Any]:
             segment = found.probing.process.vector
             shown = hide(params, segment)
             half = geometry(found.probing.factors, shown, axis_name=axis_name, metric=metric).half
             vector = segments.whole(half(segment), shown, axis_name)
-            vector = fill(vector, jax.tree.map(jnp.zeros_like, params))
+            vector = fill(vector, jax.tree.map(vectors.zeros_like, params))
             vector = vectors.vary(vectors.cast_like(vector, params), axis_name)
             if found.probing.anchor is None and size is None:
                 (value, grads), (_, hvp) = curvature.forward_mode(

@@ -63,13 +63,21 @@ def may_vary(x: jax.Array, axis_name: str) -> bool:
     return not tracked or axis_name in jax.typeof(x).manual_axis_type.varying
 
 
+def zeros_like(x: jax.Array, dtype: Any = None) -> jax.Array:
+    """Zeros of the shape and the sharding of `x`, an Explicit one too, which jax 0.12 forgets inside ``jit``."""
+    zeros = jnp.zeros_like(x, dtype=dtype)
+    sharding = jax.typeof(x).sharding
+    forgotten = sharding.mesh.explicit_axes and jax.typeof(zeros).sharding != sharding
+    return jax.sharding.reshard(zeros, sharding) if forgotten else zeros
+
+
 def zero_stack(size: int, like: Vector, dtype: Any = None) -> Stack:
     """A stack of `size` zero vectors; `dtype=None` keeps each leaf's, raised to at least float32."""
 
     def zeros(x: jax.Array) -> jax.Array:
         leaf_dtype = at_least_float32(x.dtype) if dtype is None else dtype
-        # `zeros_like` and the broadcast carry the sharding of `x` along.
-        return jnp.broadcast_to(jnp.zeros_like(x, dtype=leaf_dtype), (size, *x.shape))
+        # The broadcast carries the sharding along.
+        return jnp.broadcast_to(zeros_like(x, leaf_dtype), (size, *x.shape))
 
     return jax.tree.map(zeros, like)
 

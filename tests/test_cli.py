@@ -527,6 +527,15 @@ def test_what_a_full_standard_output_refused_is_not_tried_again_at_the_exit():
     assert (done.returncode, done.stderr) == (1, FULL_OUTPUT)
 
 
+@pytest.fixture
+def _hears_interrupts():
+    """Here and in processes started from here, also where pytest was started to ignore them, by `nohup`, say."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_hears_interrupts")
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_partial_report(capsys, task_module, tmp_path, monkeypatch, number, expected):
     train, write_html = runner.train, report.write_html
@@ -554,12 +563,22 @@ def test_a_signal_leaves_a_partial_report(capsys, task_module, tmp_path, monkeyp
     assert "Interrupted." in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("_hears_interrupts")
 @pytest.mark.parametrize(("number", "expected"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_before_any_run_is_one_line(capsys, task_module, tmp_path, number, expected):
     name = f"signalling_{task_module}"
     (tmp_path / f"{name}.py").write_text(f"import signal\nsignal.raise_signal(signal.{number})\n")
     assert cli.main(["poc", "--task", f"{name}:f"]) == expected
     assert capsys.readouterr().err == "dho2-optax: interrupted\n"
+
+
+@pytest.mark.usefixtures("_hears_interrupts")  # which puts back what was there
+def test_an_interrupt_that_the_caller_ignores_stays_ignored(task_module, tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    text = (tmp_path / f"{task_module}.py").read_text()
+    (tmp_path / f"{task_module}.py").write_text(f"import signal\nsignal.raise_signal(signal.SIGINT)\n{text}")
+    assert _train(task_module, *QUICK, "--optimizers", "sgd", "--out", tmp_path / "o") == 0
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_the_command_line_runs_outside_the_main_thread(capsys):
@@ -611,6 +630,7 @@ def test_the_command_trains_on_real_data_and_writes_a_self_contained_report(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_hears_interrupts")
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_a_partial_report(tmp_path, number, expected):
     out = tmp_path / "report"

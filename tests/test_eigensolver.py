@@ -61,7 +61,7 @@ def _largest(eigenvalues, rank=_RANK):
     return eigenvalues[np.argsort(-np.abs(eigenvalues), kind="stable")][:rank]
 
 
-def _assert_right_or_masked(found, matrix, tolerance=_DEFAULT_TOLERANCE):
+def _assert_right_or_masked(found, matrix, tolerance=_DEFAULT_TOLERANCE, rtol=0.0):
     """Finite; unmasked rows are orthonormal eigenvectors, masked ones zero; in float64."""
     eigenvalues, mask = found.eigenvalues.astype(np.float64), found.mask
     rows = flat_rows(found.eigenvectors)
@@ -72,8 +72,7 @@ def _assert_right_or_masked(found, matrix, tolerance=_DEFAULT_TOLERANCE):
     np.testing.assert_allclose(rows @ rows.T, np.diag(mask.astype(float)), atol=1e-5)
     residuals = np.linalg.norm(rows @ matrix - eigenvalues[:, None] * rows, axis=1) / scale
     assert np.all(residuals[mask] <= 1.5 * tolerance)
-    # What several sweeps have left out is summed as if it were orthogonal.
-    np.testing.assert_allclose(residuals[mask], found.residuals[mask] / scale, atol=2e-6, rtol=0.02)
+    np.testing.assert_allclose(residuals[mask], found.residuals[mask] / scale, atol=1e-6, rtol=rtol)
 
 
 @pytest.mark.parametrize("name", _SPECTRA)
@@ -238,7 +237,10 @@ def test_a_loose_tolerance_takes_fewer_matvecs_and_lets_worse_pairs_through():
     assert few < many < most == _DEFAULT_ORDER
     assert loose.mask.all()
     assert np.max(loose.residuals) > _DEFAULT_TOLERANCE * 10
-    _assert_right_or_masked(loose, matrix, tolerance=0.02)
+    # Of the directions that several sweeps have left out norms are known but not angles, so residuals are summed as if
+    # they were orthogonal. Here that is wrong by 1.0%, with other start vectors by up to 11%, or 1% of the tolerance.
+    # With the default tolerance it is wrong by rounding only. Exact ones would take another product for every pair.
+    _assert_right_or_masked(loose, matrix, tolerance=0.02, rtol=0.02)
     assert default.mask.all()
     assert not exact.mask.all()
 

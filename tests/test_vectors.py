@@ -152,6 +152,25 @@ def test_sharded_vectors_keep_their_sharding(axis_type):
     assert mixed.sharding.is_equivalent_to(sharding, 2)
 
 
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec(None, "model")])
+def test_zeros_have_an_explicit_sharding_inside_jit_too(spec):
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Explicit,), devices=jax.devices("cpu")[:4])
+    x = jax.device_put(np.full((3, 8), np.nan, np.float32), NamedSharding(mesh, spec))
+
+    @jax.jit
+    def zeros(x):
+        zeros, stack = vectors.zeros_like(x, jnp.uint32), vectors.zero_stack(5, x)
+        assert jax.typeof(zeros).sharding == jax.typeof(x).sharding
+        assert jax.typeof(stack).sharding == jax.typeof(jnp.stack([x] * 5)).sharding
+        return zeros, stack, x + 1  # a program must read something that has devices
+
+    alone, stack, _ = zeros(x)
+    assert alone.dtype == jnp.uint32
+    assert (alone.shape, stack.shape) == ((3, 8), (5, 3, 8))
+    assert not alone.any()
+    assert not stack.any()
+
+
 def _first_decides(x, wide):
     return vectors.subtract(x, wide), vectors.scale(jnp.float32(3), x), vectors.cast_like(wide, x)
 
