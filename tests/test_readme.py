@@ -26,7 +26,7 @@ def test_python_blocks_run_in_order(capsys):
         exec(block, names)
     loss, _ = capsys.readouterr().out.splitlines()[0].split()
     assert float(loss) < 0.05
-    stack = names["state"].spectrum.eigenvectors["w"]
+    (stack,) = names["state"].spectrum.eigenvectors
     assert stack.sharding.shard_shape(stack.shape)[1] == stack.shape[1] // jax.device_count()
 
     exec(blocks[3], names)
@@ -62,4 +62,4 @@ def test_task_example_is_a_task(tmp_path, monkeypatch):
 def test_the_two_commands_are_single_lines():
     lines = README.read_text().splitlines()
     assert sum(line.startswith("python3 -m venv") and line.endswith(" poc") for line in lines) == 1
-    assert sum(line.startswith("python3 -m venv") and line.endswith(" pytest") for line in lines) == 1
+    assert sum(line.startswith("python3 -m venv") and " -m pytest" in line for line in lines) == 1
