@@ -29,6 +29,7 @@ import optax
 import dho2_optax as dho2
 from benchmarks import machine, problems
 from dho2_optax import eigensolver, krylov, vectors
+from dho2_optax.packing import Layout
 
 RANK = 8
 ORDER = 16
@@ -114,10 +115,13 @@ def _trained(problem: problems.Problem, num_steps: int) -> Any:
 def _solve(product: Callable[[Any, Any], Any], like: Any) -> dho2.Spectrum:
     """Eigenpairs after `ORDER` products ``(vector, number of the product) -> vector``."""
     seed = jnp.uint32(0)
-    process = krylov.start(krylov.random_vector(seed, like, None), ORDER, seed=seed)
+    layout = Layout(like, None)
+    process = krylov.start(layout.random(seed), ORDER, seed=seed)
     for i in range(ORDER):
-        process = krylov.extend(process, product(process.vector, i), like)
-    return eigensolver.publish(process, RANK, 0, "magnitude", jnp.inf)
+        process = krylov.extend(process, layout.pack(product(layout.unpack(process.vector), i)), layout)
+    found = eigensolver.wanted(krylov.ritz(process), RANK, 0, "magnitude")
+    spectrum = eigensolver.publish(process, found, found.exists)
+    return spectrum._replace(eigenvectors=jax.vmap(layout.unpack)(spectrum.eigenvectors))
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from benchmarks import machine, problems
 from benchmarks.options import grouped
 from benchmarks.problems import Problem
 from dho2_optax import curvature, eigensolver
+from dho2_optax.packing import Layout
 
 RANK = 8
 ORDER = 16
@@ -135,7 +136,7 @@ def _captured_run(problem: Problem, exact_batch: Any, seed: int, num_cycles: int
         """P^1/2, ones without a metric; a copy, since the step donates the state."""
         if state.factors is None:
             return jax.tree.map(jnp.ones_like, params)
-        return jax.tree.map(jnp.copy, state.factors.values)
+        return Layout(params, None).unpack(jax.tree.map(jnp.copy, state.factors.values))
 
     half = metric_of(state)
     synchronous = solve(params, half, next(problems.batches(problem, seed)), next(noises))
@@ -157,7 +158,7 @@ def _captured_run(problem: Problem, exact_batch: Any, seed: int, num_cycles: int
                 "seed": seed,
                 "updates": count + 1,
                 "true_eigenvalues": true.tolist(),
-                "streaming": _share(problem, params, used, exact_batch, dho2.spectrum(state), true),
+                "streaming": _share(problem, params, used, exact_batch, dho2.spectrum(state, params), true),
                 "synchronous_one_cycle_old": _share(problem, params, used, exact_batch, old, true),
                 "synchronous_fresh": _share(problem, params, used, exact_batch, fresh, true),
             }

@@ -18,6 +18,7 @@ from jax import lax
 
 from dho2_optax import segments, vectors
 from dho2_optax.arguments import check_functions, check_sizes, is_int
+from dho2_optax.packing import Layout, Packed
 from dho2_optax.vectors import Vector
 
 Batch = Any
@@ -302,8 +303,8 @@ def _leading_shards(x: Any) -> int:
 
 def segmented_matvec(
     operator: Operator, params: Vector, batch: Batch, axis_name: str | None
-) -> Callable[[Vector], Vector]:
-    r"""The matrix-vector product of a whole data-parallel group, on vectors in segment form.
+) -> Callable[[Packed], Packed]:
+    r"""The matrix-vector product of a whole data-parallel group, on packed vectors in segment form.
 
     With :math:`H_p` the operator on the batch of device `p`, returns :math:`v \mapsto \frac1P \sum_p H_p v`:
     one all-gather of ``v``, the local product, one reduce-scatter (DHO2, arXiv 2505.00982, distributed Lanczos).
@@ -318,10 +319,11 @@ def segmented_matvec(
     # Autodiff inserts sums over the axis for values that do not vary over it; after the cast, local products
     # are local under either setting of `check_vma`.
     params = vectors.vary(params, axis_name)
+    layout = Layout(params, axis_name)
 
-    def matvec(segment: Vector) -> Vector:
-        vector = segments.gather(vectors.cast_like(segment, params), params, axis_name)
+    def matvec(segment: Packed) -> Packed:
+        vector = layout.unpack(layout.gather(layout.cast(segment)))
         product = operator(params, vectors.vary(vector, axis_name), batch)
-        return segments.reduce_scatter_mean(product, axis_name)
+        return layout.mean(product)
 
     return matvec

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from dho2_optax import arguments, krylov, segments, vectors
 from dho2_optax.arguments import INJECTION_HINT, is_int
 from dho2_optax.krylov import LanczosState, RitzPairs
+from dho2_optax.packing import Layout, Packed
 from dho2_optax.vectors import Stack, Vector
 
 Select = Literal["magnitude", "algebraic"]
@@ -90,72 +91,48 @@ def is_null(magnitude: jax.Array) -> jax.Array:
     return ~(magnitude > 4 * jnp.finfo(magnitude.dtype).eps * largest)
 
 
+class Wanted(NamedTuple):
+    """The wanted Ritz pairs of a Lanczos process, in the order of :class:`Spectrum`."""
+
+    values: jax.Array  # shape=(k,): zero for pairs that do not exist; so are the others
+    residuals: jax.Array  # shape=(k,)
+    coefficients: jax.Array  # shape=(k, order): the vectors, in the basis
+    exists: jax.Array  # shape=(k,), dtype=bool
+
+
+def wanted(pairs: RitzPairs, rank: int, num_smallest: int, select: Select) -> Wanted:
+    """Those of all pairs that are wanted."""
+    index, exists = selected(pairs, rank, num_smallest, select)
+    coefficients = pairs.coefficients[:, index].T
+    # Of the two signs the one that points along the start vector: a warm start adds the vectors up, and must not
+    # depend on how rounding turned them.
+    coefficients = jnp.where(coefficients[:, :1] < 0, -coefficients, coefficients)
+    values, residuals = (jnp.where(exists, x[index], 0) for x in (pairs.values, pairs.residuals))
+    return Wanted(values, residuals, coefficients, exists)
+
+
 def usable(
-    pairs: RitzPairs,
-    rank: int,
-    num_smallest: int,
-    select: Select,
+    found: Wanted,
     max_residual: jax.typing.ArrayLike,
     *,
     drop_null: bool = False,
     partial: jax.typing.ArrayLike = False,
-) -> tuple[jax.Array, jax.Array]:
-    r"""Indices of the wanted pairs, and whether each exists and has converged.
+) -> jax.Array:
+    r"""Whether each of the wanted pairs exists and has converged.
 
     That is, has a residual of at most ``max_residual * |lambda|_max``. Of a `partial` process, one that will go on, it
     is asked to be small against the pair's own eigenvalue: what else is steep is not known yet. With `drop_null` an
     eigenvalue that is zero to rounding, along which a Newton step has no meaning, is not usable.
     """
-    index, exists = selected(pairs, rank, num_smallest, select)
-    magnitude = jnp.where(exists, jnp.abs(pairs.values[index]), 0)
-    largest = jnp.max(magnitude)
-    mask = exists & (pairs.residuals[index] <= max_residual * jnp.where(partial, magnitude, largest))
-    if drop_null:
-        mask = mask & ~is_null(magnitude)
-    return index, mask
+    magnitude = jnp.abs(found.values)
+    mask = found.exists & (found.residuals <= max_residual * jnp.where(partial, magnitude, jnp.max(magnitude)))
+    return mask & ~is_null(magnitude) if drop_null else mask
 
 
-def converged(
-    rank: int, num_smallest: int, select: Select, tolerance: jax.typing.ArrayLike
-) -> Callable[[RitzPairs], jax.Array]:
-    r"""The stopping rule: every wanted pair has a residual of at most ``tolerance * |lambda|_max``."""
-
-    def is_done(pairs: RitzPairs) -> jax.Array:
-        return jnp.all(usable(pairs, rank, num_smallest, select, tolerance)[1])
-
-    return is_done
-
-
-def publish(
-    state: LanczosState,
-    rank: int,
-    num_smallest: int,
-    select: Select,
-    max_residual: jax.typing.ArrayLike,
-    *,
-    drop_null: bool = False,
-    partial: jax.typing.ArrayLike = False,
-) -> Spectrum:
-    r"""The wanted Ritz pairs of a Lanczos process; one pass over its basis.
-
-    Pairs that are not :func:`usable` are masked out.
-    """
-    pairs = krylov.ritz(state)
-    index, mask = usable(pairs, rank, num_smallest, select, max_residual, drop_null=drop_null, partial=partial)
-    exists = selected(pairs, rank, num_smallest, select)[1]
-    return _spectrum(state, pairs, index, exists, mask)
-
-
-def _spectrum(state: LanczosState, pairs: RitzPairs, index: jax.Array, exists: jax.Array, mask: jax.Array) -> Spectrum:
-    """The pairs at `index`, with the vectors of those in `mask`."""
-    eigenvalues = jnp.where(exists, pairs.values[index], 0)
-    residuals = jnp.where(exists, pairs.residuals[index], 0)
-    coefficients = pairs.coefficients[:, index].T
-    # Of the two signs the one that points along the start vector: a warm start adds the vectors up, and must not
-    # depend on how rounding turned them.
-    coefficients = jnp.where(coefficients[:, :1] < 0, -coefficients, coefficients)
-    rotation = jnp.where(mask[:, None], coefficients, 0)
-    return Spectrum(eigenvalues, vectors.combine(rotation, state.basis), residuals, mask)
+def publish(process: LanczosState, found: Wanted, mask: jax.Array) -> Spectrum:
+    """The wanted pairs of a Lanczos process, with the vectors of those in `mask`; one pass over its basis."""
+    rotation = jnp.where(mask[:, None], found.coefficients, 0)
+    return Spectrum(found.values, vectors.combine(rotation, process.basis), found.residuals, mask)
 
 
 def with_rayleigh_quotients(spectrum: Spectrum, matvec: Callable[[Vector], Vector], axis_name: str | None) -> Spectrum:
@@ -284,6 +261,61 @@ def _findings(
     return _Findings(pairs, index, exists, converged & reached & none_hidden, renew)
 
 
+def _advance(
+    search: _Search,
+    matvec: Callable[[Packed], Packed],
+    layout: Layout,
+    findings: Callable[[_Search], _Findings],
+    confine: bool,
+) -> _Search:
+    """One product more, or the first vector of a new sweep."""
+    old = search.process
+    row, begins, order = old.count, search.renew > 0, old.projected.shape[0]
+
+    def start_vector(vector: Vector, pending: Vector) -> Vector:
+        # Zero is a breakdown, which a random vector follows.
+        factor = jnp.where(search.renew == _AT_PENDING, old.scale, 0)
+        return vectors.cast_like(vectors.scale(factor, pending), vector)
+
+    product = jax.lax.cond(begins, start_vector, lambda v, _: matvec(v), old.vector, search.pending)
+    # A sweep that ended before its space was invariant is coupled to the next ones. The coefficients are part of
+    # the projected matrix; without them a sweep is a Lanczos process by itself.
+    earlier = (jnp.arange(order) < old.restart) & ~begins
+    coupling = jnp.where(earlier, vectors.dots(old.basis, product, layout.axis_name), 0)
+    product = vectors.subtract(product, vectors.combine(coupling, old.basis))
+    before = old._replace(count=row - begins.astype(jnp.int32))
+    process = krylov.extend(before, product, layout, confine=confine)
+    coupled = process.projected.at[:, row].add(coupling).at[row].add(coupling)
+    process = process._replace(
+        projected=jnp.where(begins, old.projected.at[row, row - 1].set(0), coupled),
+        beta=jnp.where(begins, 0, process.beta),
+        restart=jnp.where(begins, row, process.restart),
+    )
+    held = jnp.where(search.left > 0, coupling / jnp.where(search.left > 0, search.left, 1), 0)
+    left = search.left * jnp.sqrt(jnp.maximum(1 - held**2, 0))
+    left = jnp.where((search.renew == _AT_PENDING) & (jnp.arange(order) == search.owner), 0, left)
+    left = jnp.where(begins & (jnp.arange(order) == row - 1), old.beta, left)
+    now = search._replace(
+        process=process,
+        sweep=jnp.where(begins, row, old.restart),
+        is_random=jnp.where(
+            begins, search.renew == _AT_RANDOM, search.is_random | ((old.restart == row) & (search.sweep < row))
+        ),
+        left=jnp.where(process.exhausted, 0, left),
+        pending=jax.tree.map(lambda new, kept: jnp.where(begins, new, kept), old.vector, search.pending),
+        owner=jnp.where(begins, row - 1, search.owner),
+    )
+
+    def look(small: _Search) -> tuple[jax.Array, jax.Array]:
+        found = findings(small)
+        return found.renew.astype(jnp.int32), jnp.all(found.certain)
+
+    due = ~begins & ((process.count % krylov.CHECK_EVERY == 0) | (process.restart > 0))
+    small = now._replace(process=process._replace(basis=()), pending=())
+    renew, done = jax.lax.cond(due, look, lambda _: (jnp.zeros((), jnp.int32), jnp.zeros((), bool)), small)
+    return now._replace(renew=renew, done=done)
+
+
 def lanczos(
     matvec: Callable[[Vector], Vector],
     like: Vector,
@@ -365,16 +397,17 @@ def lanczos(
     if tolerance is None:
         tolerance = max(5e-6, *(4 * float(jnp.finfo(leaf.dtype).eps) for leaf in leaves))
     seed = jnp.uint32(0) if key is None else jax.random.bits(key)
+    layout = Layout(like, axis_name)
     if start is None:
-        first = krylov.random_vector(seed, like, axis_name)
+        first = layout.random(seed)
     else:
         start = jax.tree.map(lambda x: x.astype(vectors.at_least_float32(x.dtype)), start)
         peak = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(start)]))
-        first = segments.split(vectors.scale(1 / peak, start), axis_name)
+        first = layout.split(vectors.scale(1 / peak, start))
 
-    def segment_matvec(segment: Vector) -> Vector:
-        vector = segments.gather(vectors.cast_like(segment, like), like, axis_name)
-        return vectors.cast_like(segments.split(matvec(vector), axis_name), segment)
+    def segment_matvec(segment: Packed) -> Packed:
+        vector = layout.unpack(layout.gather(layout.cast(segment)))
+        return vectors.cast_like(layout.split(matvec(vector)), segment)
 
     def findings(search: _Search) -> _Findings:
         return _findings(search, rank, num_smallest, select, tolerance, size)
@@ -382,53 +415,6 @@ def lanczos(
     def unfinished(search: _Search) -> jax.Array:
         process = search.process
         return (process.count < order) & ~search.done & ~process.exhausted & jnp.isfinite(process.beta)
-
-    def advance(search: _Search) -> _Search:
-        old = search.process
-        row, begins = old.count, search.renew > 0
-
-        def start_vector(vector: Vector, pending: Vector) -> Vector:
-            # Zero is a breakdown, which a random vector follows.
-            factor = jnp.where(search.renew == _AT_PENDING, old.scale, 0)
-            return vectors.cast_like(vectors.scale(factor, pending), vector)
-
-        product = jax.lax.cond(begins, start_vector, lambda v, _: segment_matvec(v), old.vector, search.pending)
-        # A sweep that ended before its space was invariant is coupled to the next ones. The coefficients are part of
-        # the projected matrix; without them a sweep is a Lanczos process by itself.
-        earlier = (jnp.arange(order) < old.restart) & ~begins
-        coupling = jnp.where(earlier, vectors.dots(old.basis, product, axis_name), 0)
-        product = vectors.subtract(product, vectors.combine(coupling, old.basis))
-        before = old._replace(count=row - begins.astype(jnp.int32))
-        process = krylov.extend(before, product, like, axis_name, confine=confine)
-        coupled = process.projected.at[:, row].add(coupling).at[row].add(coupling)
-        process = process._replace(
-            projected=jnp.where(begins, old.projected.at[row, row - 1].set(0), coupled),
-            beta=jnp.where(begins, 0, process.beta),
-            restart=jnp.where(begins, row, process.restart),
-        )
-        held = jnp.where(search.left > 0, coupling / jnp.where(search.left > 0, search.left, 1), 0)
-        left = search.left * jnp.sqrt(jnp.maximum(1 - held**2, 0))
-        left = jnp.where((search.renew == _AT_PENDING) & (jnp.arange(order) == search.owner), 0, left)
-        left = jnp.where(begins & (jnp.arange(order) == row - 1), old.beta, left)
-        now = search._replace(
-            process=process,
-            sweep=jnp.where(begins, row, old.restart),
-            is_random=jnp.where(
-                begins, search.renew == _AT_RANDOM, search.is_random | ((old.restart == row) & (search.sweep < row))
-            ),
-            left=jnp.where(process.exhausted, 0, left),
-            pending=jax.tree.map(lambda new, kept: jnp.where(begins, new, kept), old.vector, search.pending),
-            owner=jnp.where(begins, row - 1, search.owner),
-        )
-
-        def look(small: _Search) -> tuple[jax.Array, jax.Array]:
-            found = findings(small)
-            return found.renew.astype(jnp.int32), jnp.all(found.certain)
-
-        due = ~begins & ((process.count % krylov.CHECK_EVERY == 0) | (process.restart > 0))
-        small = now._replace(process=process._replace(basis=()), pending=())
-        renew, done = jax.lax.cond(due, look, lambda _: (jnp.zeros((), jnp.int32), jnp.zeros((), bool)), small)
-        return now._replace(renew=renew, done=done)
 
     # A vector that is given may have zeros of its own, and an eigenvalue of zero may be one of the largest.
     confine = start is None and select == "magnitude"
@@ -443,6 +429,11 @@ def lanczos(
         renew=jnp.zeros((), jnp.int32),
         done=jnp.zeros((), bool),
     )
-    search = jax.lax.while_loop(unfinished, advance, search)
-    found = findings(search)
-    return _spectrum(search.process, found.pairs, found.index, found.exists, found.certain)
+    search = jax.lax.while_loop(
+        unfinished, lambda search: _advance(search, segment_matvec, layout, findings, confine), search
+    )
+    certain = findings(search).certain
+    found = wanted(krylov.ritz(search.process, left=search.left), rank, num_smallest, select)
+    spectrum = publish(search.process, found, certain)
+    unpack = layout.unpack if axis_name is None else layout.unpack_segments
+    return spectrum._replace(eigenvectors=jax.vmap(unpack)(spectrum.eigenvectors))

@@ -17,12 +17,12 @@ import optax
 from dho2_optax import eigensolver, learning, segments, vectors
 from dho2_optax import metric as metric_lib
 from dho2_optax.learning import Inputs, Learning, own_segment
-from dho2_optax.metric import Factors, Geometry, Metric, Momentum
+from dho2_optax.metric import Factors, Metric, Momentum
 from dho2_optax.options import BaseScale, MetricChoice, Split
+from dho2_optax.packing import Layout, Packed
 from dho2_optax.refresh import Refresh, Solver
 from dho2_optax.state import DHO2State, check_state
 from dho2_optax.subspace import Bounds, Damping, HybridStep, base_scale, hybrid_step
-from dho2_optax.vectors import Vector
 
 ArrayLike = jax.typing.ArrayLike
 
@@ -72,11 +72,11 @@ def init(settings: Settings, params: Any) -> DHO2State:
     """The state before the first update."""
     params = vectors.as_arrays(params)
     _check_params(params)
-    like = segments.split(params, settings.axis_name)
-    pairs = eigensolver.zero_spectrum(settings.solver.num_pairs, like, settings.solver.basis_dtype)
+    layout = Layout(params, settings.axis_name)
+    pairs = eigensolver.zero_spectrum(settings.solver.num_pairs, layout.split(params), settings.solver.basis_dtype)
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
     number = lambda: jnp.zeros_like(pairs.eigenvalues, shape=())  # noqa: E731
-    base_state = settings.base.init(like if settings.base_on_segments else params)
+    base_state = settings.base.init(_seen_by_base(settings, params))
     # Copies: they may be arrays of the base's state, and a state with shared buffers could not be donated.
     factors = jax.tree.map(jnp.copy, factors_of(settings, base_state, params))
     return DHO2State(
@@ -93,7 +93,7 @@ def init(settings: Settings, params: Any) -> DHO2State:
         rejected=zero(),
         matvecs=zero(),
         refreshed_at=zero(),
-        probing=settings.refresh.init(params, like, factors),
+        probing=settings.refresh.init(params, layout, factors),
     )
 
 
@@ -124,19 +124,21 @@ def update(
         extra["value_fn"] = value_fn
 
     # The big buffers are refreshed before anything reads them: with donation nothing is copied.
+    layout = Layout(params, settings.axis_name)
     source = learning.source(
         settings.learning,
         params,
+        layout,
         Inputs(batch, value_fn, hvp, full_params, allow_refresh),
         factors=lambda base_state: factors_of(settings, base_state, params),
-        geometry=lambda factors: geometry_of(settings, factors, params),
+        geometry=lambda factors: metric_lib.geometry(factors, layout, settings.own_metric),
     )
     state = settings.refresh.advance(state, source)
 
     if settings.split is not None and settings.split.average_gradients:
         # Two sums over the devices must not be independent: devices that meet in different ones never go on.
         updates = jax.tree.map(lambda g: jnp.where(state.refreshes >= 0, g, 0), updates)
-    stepped = step(settings, own_segment(updates, settings.split), state, params, extra)
+    stepped = step(settings, own_segment(updates, layout, settings.split), state, params, layout, extra)
     state = state._replace(
         count=optax.safe_increment(state.count),
         subspace_state=stepped.subspace_state,
@@ -144,38 +146,42 @@ def update(
         sigma=stepped.sigma,
         bounds=stepped.bounds,
     )
-    return segments.gather(stepped.update, updates, settings.axis_name), state
+    return layout.unpack(layout.gather(stepped.update)), state
 
 
-def step(settings: Settings, gradient: Vector, state: DHO2State, params: Any, extra: dict[str, Any]) -> HybridStep:
-    """The hybrid step of a gradient in segment form, with the eigenpairs of `state`."""
+def step(
+    settings: Settings, gradient: Packed, state: DHO2State, params: Any, layout: Layout, extra: dict[str, Any]
+) -> HybridStep:
+    """The hybrid step of a gradient, packed in segment form, with the eigenpairs of `state`."""
     alpha = settings.alpha
     return hybrid_step(
         gradient,
         state.spectrum,
         settings.subspace,
         state.subspace_state,
-        functools.partial(base_step, settings, params, state.base_state, extra),
+        functools.partial(base_step, settings, params, layout, state.base_state, extra),
         alpha=alpha(state.count) if callable(alpha) else alpha,
         scale=functools.partial(scale, settings, state),
         damping=settings.damping,
         axis_name=settings.axis_name,
         bounds=state.bounds,
-        geometry=geometry_of(settings, state.factors, params),
-        momentum_of=lambda base_state, fed: momentum_of(settings, base_state, fed, params),
+        geometry=metric_lib.geometry(state.factors, layout, settings.own_metric),
+        momentum_of=lambda base_state, fed: momentum_of(settings, base_state, fed, params, layout),
     )
 
 
 def base_step(
-    settings: Settings, params: Any, base_state: Any, extra: dict[str, Any], gradient: Vector
-) -> tuple[Vector, Any]:
-    """`base`'s update of a gradient in segment form, on segments or on whole leaves, and its new state."""
-    axis_name = settings.axis_name
-    if settings.base_on_segments:
-        return settings.base.update(gradient, base_state, segments.split(params, axis_name), **extra)
-    whole = segments.gather(gradient, params, axis_name)
-    updates, base_state = settings.base.update(whole, base_state, params, **extra)
-    return segments.split(updates, axis_name), base_state
+    settings: Settings, params: Any, layout: Layout, base_state: Any, extra: dict[str, Any], gradient: Packed
+) -> tuple[Packed, Any]:
+    """`base`'s update of a gradient, on segments or on whole leaves, and its new state."""
+    seen = layout.unpack_segments(gradient) if settings.base_on_segments else layout.unpack(layout.gather(gradient))
+    updates, base_state = settings.base.update(seen, base_state, _seen_by_base(settings, params), **extra)
+    return layout.pack_segments(updates) if settings.base_on_segments else layout.split(updates), base_state
+
+
+def _seen_by_base(settings: Settings, params: Any) -> Any:
+    """The parameters, or this device's segments of them."""
+    return segments.split(params, settings.axis_name) if settings.base_on_segments else params
 
 
 def scale(settings: Settings, state: DHO2State, tolerable: jax.Array) -> jax.Array:
@@ -195,26 +201,21 @@ def scale(settings: Settings, state: DHO2State, tolerable: jax.Array) -> jax.Arr
 def factors_of(settings: Settings, base_state: Any, params: Any) -> Factors | None:
     """The factors of the metric as the base's state has them; None without a metric."""
     on_segments, metric = settings.base_on_segments, settings.metric
-    like = segments.split(params, settings.axis_name) if on_segments else params
-    if metric is None or (metric == "auto" and not metric_lib.is_readable(base_state, like)):
+    if metric is None:
+        return None
+    if metric == "auto" and not metric_lib.is_readable(base_state, _seen_by_base(settings, params)):
         return None
     chosen = metric_lib.of_base(base_state) if settings.own_metric is None else settings.own_metric
     return metric_lib.snapshot(chosen, base_state, params, settings.axis_name, segmented_base=on_segments)
 
 
-def geometry_of(settings: Settings, factors: Factors | None, params: Any) -> Geometry:
-    """The geometry of a metric with these factors."""
-    return metric_lib.geometry(factors, params, axis_name=settings.axis_name, metric=settings.own_metric)
-
-
-def momentum_of(settings: Settings, base_state: Any, gradient: Vector, params: Any) -> Momentum:
-    """The base's momentum in segment form, or the gradient that it was fed."""
-    found = metric_lib.momentum(base_state, gradient if settings.base_on_segments else params)
+def momentum_of(settings: Settings, base_state: Any, gradient: Packed, params: Any, layout: Layout) -> Momentum:
+    """The base's momentum, packed in segment form, or the gradient that it was fed."""
+    found = metric_lib.momentum(base_state, _seen_by_base(settings, params))
     if found is None:
         return Momentum(gradient, metric_lib.PLAIN_LIMIT)
-    if settings.base_on_segments:
-        return found
-    return found._replace(vector=segments.split(found.vector, settings.axis_name))
+    pack = layout.pack_segments if settings.base_on_segments else layout.split
+    return found._replace(vector=pack(found.vector))
 
 
 def _check_params(params: Any) -> None:

@@ -10,19 +10,22 @@ three-term recurrence, and against the whole basis. In float32 that keeps :math:
 float64 is needed. Where the basis fills a good part of the space a further pass follows ("twice is enough": Daniel,
 Gragg, Kaufman, Stewart, Math. Comp. 30 (1976)).
 
-Vectors are pytrees, possibly in segment form over `axis_name`. A matvec then adds four ``psum``s of at most
-``order + 2`` numbers.
+Vectors are packed (:mod:`dho2_optax.packing`), possibly in segment form over a mesh axis. A matvec then adds four
+``psum``s of at most ``order`` numbers.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from dho2_optax import segments, vectors
+from dho2_optax.packing import Layout
 from dho2_optax.vectors import Stack, Vector
+
+Found = TypeVar("Found")
 
 CHECK_EVERY = 4  # matvecs between two looks at the Ritz residuals
 _FILLS = 8  # a basis of more than 1/8 of the space's dimension is orthogonalised once more
@@ -55,39 +58,6 @@ class RitzPairs(NamedTuple):
     residuals: jax.Array  # shape=(order,): |A y - theta y| of each pair
     coefficients: jax.Array  # shape=(order, order): column i holds y_i in the basis
     num_valid: jax.Array  # shape=(), dtype=int32
-
-
-def random_vector(seed: jax.Array, like: Vector, axis_name: str | None) -> Vector:
-    """A random unit vector in segment form, the same for every number of devices.
-
-    Numbers are uniform and centred. Each is a hash of the seed and of its own position, so a device makes its
-    segment alone, and a model of a hundred leaves compiles as fast as one of two: `jax.random` took half a second
-    a leaf. A start vector needs no better randomness.
-
-    Args:
-      seed: shape=(), dtype=uint32.
-      like: a whole vector; leaves of the result are float32, or float64 where its are.
-      axis_name: the axis the segments are split over.
-    """
-    leaves, treedef = jax.tree.flatten(like)
-    places = jax.tree.leaves(segments.positions(like, axis_name))
-
-    def draw(number: int, leaf: jax.Array, place: jax.Array) -> jax.Array:
-        start = _hash(seed.astype(jnp.uint32) + _hash(jnp.uint32(number + 1)))
-        bits = lax.bitcast_convert_type(_hash(place + start), jnp.int32)
-        dtype = vectors.at_least_float32(leaf.dtype)
-        return jnp.where(place < leaf.size, bits.astype(dtype) * 2.0**-31, 0)
-
-    draws = [draw(i, x, at) for i, (x, at) in enumerate(zip(leaves, places, strict=True))]
-    vector = treedef.unflatten(draws)
-    return vectors.scale(1 / vectors.norm(vector, segments.bound_axis(axis_name)), vector)
-
-
-def _hash(x: jax.Array) -> jax.Array:
-    """Mixes the bits of 32-bit words (the "lowbias32" function of C. Wellons, public domain)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
 
 
 def start(
@@ -126,26 +96,22 @@ def is_finite(state: LanczosState) -> jax.Array:
 def _project_out(
     basis: Stack, j: jax.Array, vector: Vector, w: Vector, axis_name: str | None
 ) -> tuple[Vector, jax.Array, jax.Array]:
-    """One classical Gram-Schmidt pass: ``w - Q'Qw``, the coefficients ``Qw``, and the norms before and after.
+    """One classical Gram-Schmidt pass: ``w - Q'Qw``, the coefficients ``Qw``, and the norm that is left.
 
     With :math:`Q` the rows of the basis before `j`, and `vector` as row `j`.
     """
-    local = jnp.append(vectors.dots(basis, w), jnp.stack([vectors.dot(vector, w), vectors.dot(w, w)]))
+    local = jnp.append(vectors.dots(basis, w), vectors.dot(vector, w))
     sums = local if axis_name is None else lax.psum(local, axis_name)
-    before, along, norm_before = jnp.where(jnp.arange(sums.size - 2) < j, sums[:-2], 0), sums[-2], jnp.sqrt(sums[-1])
+    row = jnp.arange(sums.size - 1)
+    before = jnp.where(row < j, sums[:-1], 0)
     seen = vectors.combine(before, basis)
-    w = jax.tree.map(lambda x, s, q: x - s.astype(x.dtype) - along.astype(x.dtype) * q.astype(x.dtype), w, seen, vector)
-    return w, before.at[j].set(along), jnp.stack([norm_before, vectors.norm(w, axis_name)])
+    w = jax.tree.map(
+        lambda x, s, q: x - s.astype(x.dtype) - sums[-1].astype(x.dtype) * q.astype(x.dtype), w, seen, vector
+    )
+    return w, jnp.where(row == j, sums[-1], before), vectors.norm(w, axis_name)
 
 
-def extend(
-    state: LanczosState,
-    product: Vector,
-    like: Vector,
-    axis_name: str | None = None,
-    *,
-    confine: bool = True,
-) -> LanczosState:
+def extend(state: LanczosState, product: Vector, layout: Layout, *, confine: bool = True) -> LanczosState:
     """Takes ``product = A state.vector`` in and finds the next vector.
 
     The basis is written at the end, with values that depend on everything that reads it, and no conditional reads it:
@@ -153,16 +119,14 @@ def extend(
 
     Args:
       state: the process, neither exhausted nor at its last row.
-      product: the operator applied to ``state.vector``, in segment form.
-      like: a whole vector, for the shapes of the random vector that follows a breakdown.
-      axis_name: the axis the segments are split over.
+      product: the operator applied to ``state.vector``, packed, in segment form.
+      layout: of the vectors.
       confine: take the coordinates in which the first product is exactly zero out of the start vector and of all random
         vectors. The operator does nothing there, if the start vector has random parts everywhere: the rows of its
         matrix, and so its columns, are zero, and so are its eigenvectors there, unless their eigenvalue is zero.
     """
-    j = state.count
-    vector = state.vector
-    number = state.beta.dtype
+    j, axis_name, vector = state.count, layout.axis_name, state.vector
+    order, number = state.projected.shape[0], state.beta.dtype
     limits = jnp.finfo(number)
 
     # The sum of magnitudes is the unit of the product: unlike a square it neither over- nor underflows.
@@ -183,50 +147,50 @@ def extend(
     basis, previous = state.basis, vectors.row(state.basis, jnp.maximum(j - 1, 0))
 
     # The first pass, by the three-term recurrence, in that unit: w - alpha_j q_j - beta_{j-1} q_{j-1}.
-    beta_before = jnp.where(j > 0, state.projected[j, j - 1], 0)
     inverse_size, inverse_unit = (jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0) for x in (size, unit))
-    a, b = alpha * inverse_unit, beta_before * inverse_unit
+    a, b = alpha * inverse_unit, state.beta * inverse_unit
 
     def subtract(x: jax.Array, q: jax.Array, p: jax.Array) -> jax.Array:
-        x, q, p = (leaf.astype(number) for leaf in (x, q, p))
-        return inverse_size * x - a * q - b * p
+        w = inverse_size * x.astype(number) - a * q.astype(number) - b * p.astype(number)
+        return w.astype(q.dtype)
 
     w = jax.tree.map(subtract, product, vector, previous)
-    w = vectors.cast_like(w, vector)
     added = vectors.norm(w, axis_name)
     scale = jnp.maximum(state.scale, jnp.where(lost, jnp.nan, unit * jnp.sqrt(added**2 + a**2 + b**2)))
 
     # Breakdown: the basis spans an invariant subspace. Go on from a random vector.
     breakdown = unit * added <= _BREAKDOWN * limits.eps * scale
-    first = jax.tree.map(lambda s, q: jnp.where(j > 0, s, q), vectors.row(basis, 0), vector)
 
-    def fresh(w: Vector) -> Vector:
-        random = vectors.cast_like(random_vector(state.seed + j.astype(jnp.uint32) + 1, like, axis_name), w)
-        return jax.tree.map(lambda x, q: jnp.where(q != 0, x, 0), random, first) if confine else random
+    def fresh(w: Vector) -> tuple[Vector, jax.Array]:
+        random = vectors.cast_like(layout.noise(state.seed + j.astype(jnp.uint32) + 1), w)
+        if confine:  # where this vector is zero, the first one was
+            random = jax.tree.map(lambda x, q: jnp.where(q != 0, x, 0), random, vector)
+        return random, vectors.norm(random, axis_name)
 
-    w = lax.cond(breakdown, fresh, lambda w: w, w)
+    w, norm_before = lax.cond(breakdown, fresh, lambda w: (w, added), w)
 
     # The second pass, against the whole basis.
-    w, column, (norm_before, norm) = _project_out(basis, j, vector, w, axis_name)
-    if _FILLS * state.projected.shape[0] > sum(leaf.size for leaf in jax.tree.leaves(like)):
+    w, column, norm = _project_out(basis, j, vector, w, axis_name)
+    if _FILLS * order > layout.size:
         # In a small space little of a vector is left; what is must be orthogonalised again.
-        w, more, (_, norm) = _project_out(basis, j, vector, w, axis_name)
+        w, more, norm = _project_out(basis, j, vector, w, axis_name)
         column = column + more
     exhausted = norm <= jnp.sqrt(limits.eps) * norm_before
     beta = jnp.where(lost, jnp.nan, jnp.where(breakdown | exhausted, 0, unit * norm))
     usable = ~exhausted & ~lost & jnp.isfinite(norm)
     inverse = jnp.where(usable, 1 / jnp.where(usable, norm, 1), 0)
-    new_vector = jax.tree.map(lambda x: jnp.where(usable, inverse.astype(x.dtype) * x, 0), w)
-
+    new = jax.tree.map(lambda x: jnp.where(usable, inverse.astype(x.dtype) * x, 0), w)
     # After the last product there is no row for the new vector: it is overwritten at once. In this order, since the
     # vector depends on row j as it was.
-    basis = vectors.set_row(basis, jnp.minimum(j + 1, state.projected.shape[0] - 1), new_vector)
-    basis = vectors.set_row(basis, j, vector)
+    basis = vectors.set_row(vectors.set_row(basis, jnp.minimum(j + 1, order - 1), new), j, vector)
 
-    column = jnp.where(breakdown, 0, unit * column).at[j].add(alpha).at[j - 1].add(beta_before)
+    row = jnp.arange(order)
+    column = jnp.where(breakdown, 0, unit * column)
+    for at, value in ((j, alpha), (j - 1, state.beta), (j + 1, beta)):
+        column = column + jnp.where(row == at, value, 0)
     return LanczosState(
         basis=basis,
-        projected=state.projected.at[:, j].add(column).at[j + 1, j].set(beta, mode="drop"),
+        projected=state.projected + jnp.where(row == j, column[:, None], 0),
         beta=beta,
         scale=scale,
         count=j + 1,
@@ -269,37 +233,41 @@ def ritz(state: LanczosState, first: jax.typing.ArrayLike = 0, left: jax.typing.
 def run(
     matvec: Callable[[Vector], Vector],
     state: LanczosState,
-    like: Vector,
+    layout: Layout,
     *,
-    is_done: Callable[[RitzPairs], jax.Array],
+    look: Callable[[LanczosState], tuple[Found, jax.Array]],
     min_matvecs: int,
-    axis_name: str | None = None,
     confine: bool = True,
-) -> LanczosState:
-    """Extends the process until `is_done`, the end of the basis, or a product that is not finite.
+) -> tuple[LanczosState, Found]:
+    """Extends the process until the pairs suffice, the end of the basis, or a product that is not finite.
 
     Args:
-      matvec: the operator, on vectors in segment form.
+      matvec: the operator, on packed vectors in segment form.
       state: a process as :func:`start` gives it.
-      like: a whole vector (see :func:`extend`).
-      is_done: whether the pairs suffice; asked every `CHECK_EVERY` matvecs, and not before `min_matvecs` have been
-        taken since the start or the last breakdown (the copies of a multiple eigenvalue are found one by one).
-      min_matvecs: see `is_done`.
-      axis_name: the axis the segments are split over.
+      layout: of the vectors.
+      look: what has been found, of a process without its basis, and whether it suffices. Asked every `CHECK_EVERY`
+        matvecs, and at the end.
+      min_matvecs: matvecs since the start or the last breakdown before which nothing suffices (the copies of a multiple
+        eigenvalue are found one by one).
       confine: see :func:`extend`.
+
+    Returns:
+      The process, and what has been found.
     """
-    order = state.projected.shape[0]
 
-    def unfinished(carry: tuple[LanczosState, jax.Array]) -> jax.Array:
-        state, done = carry
-        return (state.count < order) & ~done & ~state.exhausted & jnp.isfinite(state.beta)
+    def ends(state: LanczosState) -> jax.Array:
+        return (state.count >= state.projected.shape[0]) | state.exhausted | ~jnp.isfinite(state.beta)
 
-    def advance(carry: tuple[LanczosState, jax.Array]) -> tuple[LanczosState, jax.Array]:
-        state = extend(carry[0], matvec(carry[0].vector), like, axis_name, confine=confine)
-        due = (state.count % CHECK_EVERY == 0) & (state.count - state.restart >= min_matvecs)
-        # The branch sees the small fields of the state only.
-        done = lax.cond(due, lambda: is_done(ritz(state)), lambda: jnp.zeros((), bool))
-        return state, done
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(look, state._replace(basis=()))[0])
 
-    state, _ = lax.while_loop(unfinished, advance, (state, jnp.zeros((), bool)))
-    return state
+    def advance(carry: tuple[LanczosState, Any, jax.Array]) -> tuple[LanczosState, Any, jax.Array]:
+        state, found, _ = carry
+        state = extend(state, matvec(state.vector), layout, confine=confine)
+        small, is_over = state._replace(basis=()), ends(state)
+        found, enough = lax.cond(
+            is_over | (state.count % CHECK_EVERY == 0), lambda: look(small), lambda: (found, jnp.zeros((), bool))
+        )
+        return state, found, is_over | (enough & (state.count - state.restart >= min_matvecs))
+
+    state, found, _ = lax.while_loop(lambda carry: ~carry[2], advance, (state, nothing, ends(state)))
+    return state, found

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dho2_optax import arguments, segments, vectors
+from dho2_optax import arguments, vectors
 from dho2_optax import curvature as curvature_lib
 from dho2_optax.curvature import BatchSize, LossFn, Operator
 from dho2_optax.masking import any_hidden, fill, hide, is_hidden
 from dho2_optax.metric import Factors, Geometry
 from dho2_optax.options import Split
+from dho2_optax.packing import Layout, Packed
 from dho2_optax.refresh import Source
-from dho2_optax.vectors import Vector
 
 ArrayLike = jax.typing.ArrayLike
 _DROPPED = (
@@ -65,16 +65,15 @@ def axis_of(split: Split | None) -> str | None:
     return None if split is None else split.axis_name
 
 
-def own_segment(gradient: Any, split: Split | None) -> Vector:
+def own_segment(gradient: Any, layout: Layout, split: Split | None) -> Packed:
     """This device's segment of a gradient, or of a product that came with it."""
-    if split is not None and split.average_gradients:
-        return segments.reduce_scatter_mean(gradient, split.axis_name)
-    return segments.split(gradient, axis_of(split))
+    return layout.mean(gradient) if split is not None and split.average_gradients else layout.split(gradient)
 
 
 def source(
     learning: Learning,
     params: Any,
+    layout: Layout,
     inputs: Inputs,
     *,
     factors: Callable[[Any], Factors | None],
@@ -85,12 +84,14 @@ def source(
     Args:
       learning: what was given at construction.
       params: the visible parameters.
+      layout: of vectors like them.
       inputs: what was given to this update.
       factors: from the state of the base to the factors of the metric.
       geometry: from those to the metric.
     """
     nothing = Source(
         params=params,
+        layout=layout,
         matvec_at=None,
         rayleigh=None,
         product=None,
@@ -100,7 +101,7 @@ def source(
     )
     if inputs.hvp is not None and not learning.required:
         given = _product(inputs.hvp, params)
-        return nothing._replace(product=lambda: own_segment(given, learning.split))
+        return nothing._replace(product=lambda: own_segment(given, layout, learning.split))
     found = operator_for(learning, params, inputs)
     if found is None:
         return nothing

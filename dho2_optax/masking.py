@@ -1,9 +1,13 @@
 """Parameters that ``optax.masked`` and ``optax.partition`` hide from the optimizer inside them."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
+
+
+class Shown(NamedTuple):
+    """Stands for a leaf that is not hidden, where no array shall."""
 
 
 def is_hidden(x: Any) -> bool:
@@ -23,4 +27,9 @@ def fill(tree: Any, values: Any) -> Any:
 
 def hide(tree: Any, like: Any) -> Any:
     """`tree` with the leaves hidden that are hidden in `like`."""
-    return jax.tree.map(lambda x, value: x if is_hidden(x) else value, like, tree, is_leaf=is_hidden)
+    return jax.tree.map(
+        lambda x, value: x if is_hidden(x) else value,
+        like,
+        tree,
+        is_leaf=lambda x: is_hidden(x) or isinstance(x, Shown),
+    )

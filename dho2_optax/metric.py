@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from dho2_optax import segments, vectors
 from dho2_optax.kronecker import KroneckerState, kronecker_factors, kronecker_half, kronecker_inverse_half
 from dho2_optax.masking import is_hidden
+from dho2_optax.packing import Layout, Packed
 from dho2_optax.vectors import Vector
 
 
@@ -44,7 +45,9 @@ class Metric(NamedTuple):
     factors: Callable[[Any, Vector, str | None], Any]
     half: Callable[[Any, Vector], Vector]  # (factors, x) -> P^{1/2} x, linear and symmetric in x
     inverse_half: Callable[[Any, Vector], Vector]  # (factors, x) -> P^{-1/2} x
-    elementwise: bool = False  # factors are a pytree like the parameters and work on any part of each leaf
+    # Factors are a pytree like the parameters and work on any part of each leaf. The half-powers are then given both,
+    # factors and vector, packed in a few buffers.
+    elementwise: bool = False
 
 
 class Diagonal(NamedTuple):
@@ -74,7 +77,7 @@ class Factors(NamedTuple):
     the state and which all that saves and restores states keeps.
     """
 
-    values: Any  # in segment form if the metric is element-wise, else whole on every device
+    values: Any  # packed, in segment form, if the metric is element-wise; else whole on every device
     kind: Diagonal | Kronecker | Custom
     base: OnSegments | OnWholeLeaves
 
@@ -103,13 +106,12 @@ class Factors(NamedTuple):
         segmented_base = isinstance(self.base, OnSegments)
         return snapshot(self.metric(metric), base_state, params, axis_name, segmented_base=segmented_base)
 
-    def split(self, axis_name: str | None, metric: Metric | None = None) -> "Factors":
+    def split(self, layout: Layout, metric: Metric | None = None) -> "Factors":
         """Whole factors in the form in which they are kept."""
-        if not self.metric(metric).elementwise or axis_name is None:
+        if not self.metric(metric).elementwise:
             return self
-        pieces = segments.split(self.values, axis_name)
         # The padding must not be divided by.
-        return self._replace(values=jax.tree.map(lambda x: jnp.where(x == 0, 1, x), pieces))
+        return self._replace(values=jax.tree.map(lambda x: jnp.where(x == 0, 1, x), layout.split(self.values)))
 
 
 def _kind(metric: Metric) -> type[Diagonal | Kronecker | Custom]:
@@ -117,36 +119,33 @@ def _kind(metric: Metric) -> type[Diagonal | Kronecker | Custom]:
 
 
 class Geometry(NamedTuple):
-    """The half-powers of one metric at one moment, on vectors in segment form."""
+    """The half-powers of one metric at one moment, on packed vectors in segment form."""
 
-    half: Callable[[Vector], Vector]
-    inverse_half: Callable[[Vector], Vector]
+    half: Callable[[Packed], Packed]
+    inverse_half: Callable[[Packed], Packed]
 
 
 EUCLIDEAN = Geometry(lambda x: x, lambda x: x)
 
 
-def geometry(
-    factors: Factors | None, like: Vector, *, axis_name: str | None = None, metric: Metric | None = None
-) -> Geometry:
+def geometry(factors: Factors | None, layout: Layout, metric: Metric | None = None) -> Geometry:
     """The geometry that `factors` stand for.
 
     A metric that is not element-wise works on whole leaves, at the price of an all-gather each time.
 
     Args:
       factors: what the state holds, None for the Euclidean geometry.
-      like: has the shapes of whole vectors.
-      axis_name: the axis over which vectors are split.
+      layout: of the vectors.
       metric: the one that the optimizer was made with, if it is the user's own.
     """
     if factors is None:
         return EUCLIDEAN
     values, chosen = factors.values, factors.metric(metric)
 
-    def on_segments(apply: Callable[[Any, Vector], Vector]) -> Callable[[Vector], Vector]:
+    def on_segments(apply: Callable[[Any, Vector], Vector]) -> Callable[[Packed], Packed]:
         if chosen.elementwise:
             return lambda x: apply(values, x)
-        return lambda x: segments.split(apply(values, segments.whole(x, like, axis_name)), axis_name)
+        return lambda x: layout.split(apply(values, layout.unpack(layout.gather(x))))
 
     return Geometry(on_segments(chosen.half), on_segments(chosen.inverse_half))
 
@@ -160,11 +159,12 @@ def snapshot(metric: Metric, base_state: Any, params: Any, axis_name: str | None
     if segmented_base and not metric.elementwise:
         raise ValueError("a `metric` that is not element-wise needs base_on_segments=False.")
     kind = _kind(metric)
+    layout = Layout(params, axis_name)
     if segmented_base:
         values = metric.factors(base_state, segments.split(params, axis_name), axis_name)
-        return Factors(values, kind(), OnSegments())
+        return Factors(layout.pack_segments(values), kind(), OnSegments())
     whole = Factors(metric.factors(base_state, params, None), kind(), OnWholeLeaves())
-    return whole.split(axis_name, metric)
+    return whole.split(layout, metric)
 
 
 _EPSILON = 1e-8  # what optax adds to the root of second moments
@@ -285,10 +285,11 @@ def _diagonal_factors(base_state: Any, like: Vector, axis_name: str | None) -> V
 
     halves = [half(*pair) for pair in zip(_second_moments(base_state, like), leaves, strict=True)]
     # Padding, with second moments of zero, is never the smallest.
-    smallest = jnp.array([jnp.min(x, initial=jnp.inf, where=x > 0) for x in halves])
+    smallest = [jnp.min(x, initial=jnp.inf, where=x > 0) for x in halves]
     if axis_name is not None and segments.bound_axis_size(axis_name) is not None:
-        smallest = jax.lax.pmin(smallest, axis_name)
-    limits = jnp.where(jnp.isinf(smallest), 1, math.sqrt(_MAX_RATIO) * smallest)
+        smallest = list(jax.lax.pmin(jnp.stack(smallest), axis_name))
+    # Leaf by leaf: where an operation is the same for many leaves, it is compiled once.
+    limits = [jnp.where(jnp.isinf(x), 1, math.sqrt(_MAX_RATIO) * x) for x in smallest]
     return treedef.unflatten([jnp.minimum(x, limit.astype(x.dtype)) for x, limit in zip(halves, limits, strict=True)])
 
 

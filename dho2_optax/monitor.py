@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from dho2_optax.eigensolver import Spectrum, is_null
+from dho2_optax.packing import of_buffers
 from dho2_optax.state import find_state
+from dho2_optax.vectors import as_arrays, row, unwrapped
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:
@@ -78,16 +80,34 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     return result
 
 
-def get_spectrum(state: Any) -> Spectrum:
+def get_spectrum(state: Any, params: Any = None) -> Spectrum:
     """The :class:`Spectrum` in use: eigenvalues, eigenvectors, residuals, mask.
 
     Args:
-      state: the state of an optimizer that contains one `dho2`, `mr_dho2` or `fosi`.
+      state: the state of an optimizer that contains one `dho2`, `mr_dho2` or `fosi`, as it is outside of ``shard_map``
+        and ``pmap``.
+      params: the parameters, or anything with their shapes and dtypes; under ``optax.masked``, with the leaves hidden
+        that are hidden from the optimizer.
 
     Returns:
-      The spectrum. Eigenvectors are in segment form if the optimizer names a mesh axis.
+      The spectrum, eigenvectors stacked in a pytree like `params`. Without `params` eigenvectors are packed as the
+      state holds them, in a few buffers.
 
     Raises:
       ValueError: if `state` does not hold exactly one such optimizer.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import dho2_optax as dho2
+      >>> params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+      >>> state = dho2.dho2(optax.sgd(0.1), rank=2).init(params)
+      >>> get_spectrum(state, params).eigenvectors["w"].shape
+      (2, 2, 3)
     """
-    return find_state(state).spectrum
+    spectrum = find_state(state).spectrum
+    if params is None:
+        return spectrum
+    params = as_arrays(unwrapped(params))
+    rows = spectrum.eigenvectors
+    layout = of_buffers(jax.eval_shape(lambda rows: row(rows, 0), rows), params)
+    return spectrum._replace(eigenvectors=jax.vmap(layout.unpack)(rows))

@@ -29,8 +29,8 @@ def state_specs(init: InitFn, params: Any, axis_name: str) -> Any:
       >>> import dho2_optax as dho2, jax.numpy as jnp, optax
       >>> tx = dho2.dho2(optax.adam(1e-3), lambda p, b: p.sum(), split=dho2.Split("data"))
       >>> specs = state_specs(tx.init, jnp.zeros(1000), "data")
-      >>> tuple(specs.spectrum.eigenvectors), tuple(specs.count)
-      ((None, 'data'), ())
+      >>> [tuple(spec) for spec in specs.spectrum.eigenvectors], tuple(specs.count)
+      ([(None, 'data')], ())
     """
 
     def local_shapes(num_devices: int) -> Any:
@@ -41,7 +41,9 @@ def state_specs(init: InitFn, params: Any, axis_name: str) -> Any:
         # The first dimension counts the replicas.
         pairs = zip(one.shape[1:], two.shape[1:], strict=True)
         dims = [axis_name if a != b else None for a, b in pairs]
-        return PartitionSpec(*dims) if axis_name in dims else PartitionSpec()
+        while dims and dims[-1] is None:
+            dims.pop()
+        return PartitionSpec(*dims)
 
     return jax.tree.map(spec, local_shapes(1), local_shapes(2))
 

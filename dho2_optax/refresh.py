@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from dho2_optax import counters, eigensolver, krylov
-from dho2_optax.eigensolver import Select, Spectrum
+from dho2_optax.eigensolver import Select, Spectrum, Wanted
 from dho2_optax.krylov import LanczosState
 from dho2_optax.metric import Factors, Geometry
 from dho2_optax.options import Eigensolver, Newton
+from dho2_optax.packing import Layout, Packed
 from dho2_optax.state import DHO2State
 from dho2_optax.subspace import Damping, missed_curvature, rotate_state
 from dho2_optax.vectors import Vector
@@ -23,6 +24,7 @@ class Source(NamedTuple):
     """What one update may learn curvature from."""
 
     params: Any  # whole on every device
+    layout: Layout  # of packed vectors
     matvec_at: Callable[[Any], Callable[[Vector], Vector]] | None  # from parameters to products in segment form
     rayleigh: Callable[[Vector], Vector] | None  # products with other samples, for the eigenvalues
     product: Callable[[], Vector] | None  # the caller's own with the vector to be probed, in segment form
@@ -34,8 +36,8 @@ class Source(NamedTuple):
 class Refresh(NamedTuple):
     """A way of renewing the spectrum."""
 
-    # From parameters, the same in segment form, and the factors of the metric, to `DHO2State.probing`.
-    init: Callable[[Any, Vector, Factors | None], Any]
+    # From parameters, the layout of vectors, and the factors of the metric, to `DHO2State.probing`.
+    init: Callable[[Any, Layout, Factors | None], Any]
     advance: Callable[[DHO2State, Source], DHO2State]  # once per update, before it
 
 
@@ -51,7 +53,7 @@ class Solver(NamedTuple):
     damping: Damping | None  # to carry over the Newton step rather than the average gradient, see `rotate_state`
     basis_dtype: Any
     axis_name: str | None
-    start: Callable[[Spectrum, jax.Array, Vector, str | None, Carry], Vector]  # see `warm_start`
+    start: Callable[[Spectrum, jax.Array, Layout, Carry], Vector]  # see `warm_start`
     confine: bool = True  # the start has random parts everywhere, see `krylov.extend`
 
     @property
@@ -59,54 +61,42 @@ class Solver(NamedTuple):
         """How many eigenpairs are wanted."""
         return self.rank + self.num_smallest
 
-    def first_vector(self, old: Spectrum, count: jax.Array, params: Any, carry: Carry) -> tuple[Vector, jax.Array]:
+    def first_vector(self, old: Spectrum, count: jax.Array, layout: Layout, carry: Carry) -> tuple[Packed, jax.Array]:
         """The start of a Lanczos process at update `count`, and its seed."""
         seed = count.astype(jnp.uint32) * jnp.uint32(self.order + 1)
-        return self.start(old, seed, params, self.axis_name, carry), seed
+        return self.start(old, seed, layout, carry), seed
 
     def run(
         self,
-        matvec: Callable[[Vector], Vector],
+        matvec: Callable[[Packed], Packed],
         old: Spectrum,
         count: jax.Array,
-        params: Any,
+        layout: Layout,
         carry: Carry = lambda x: x,
-    ) -> LanczosState:
+    ) -> tuple[LanczosState, Wanted]:
         """A whole Lanczos process that starts from an old spectrum, taken over by `carry`, at update `count`."""
-        first, seed = self.first_vector(old, count, params, carry)
+        first, seed = self.first_vector(old, count, layout, carry)
         return krylov.run(
             matvec,
             krylov.start(first, self.order, seed=seed, axis_name=self.axis_name, dtype=self.basis_dtype),
-            params,
-            is_done=self.is_done,
+            layout,
+            look=self.look,
             min_matvecs=self.num_pairs + 1,
-            axis_name=self.axis_name,
             confine=self.confine,
         )
 
-    def is_done(self, pairs: krylov.RitzPairs) -> jax.Array:
-        """Whether the pairs suffice, so that a process need not go on."""
-        return eigensolver.converged(self.rank, self.num_smallest, self.select, self.tolerance)(pairs)
+    def look(self, process: LanczosState) -> tuple[Wanted, jax.Array]:
+        """The wanted pairs that a process has found, and whether they suffice, so that it need not go on."""
+        found = eigensolver.wanted(krylov.ritz(process), self.rank, self.num_smallest, self.select)
+        return found, jnp.all(eigensolver.usable(found, self.tolerance))
 
-    def num_sure(self, process: LanczosState) -> jax.Array:
-        """How many of the pairs found by a process that will go on may be used already."""
-        pairs = krylov.ritz(process)
-        mask = eigensolver.usable(
-            pairs, self.rank, self.num_smallest, self.select, self.max_residual, drop_null=True, partial=True
-        )[1]
-        return jnp.sum(mask)
+    def sure(self, found: Wanted, partial: ArrayLike = False) -> jax.Array:
+        """Which pairs may be used; of those of a `partial` process, which will go on, those that are sure already."""
+        return eigensolver.usable(found, self.max_residual, drop_null=True, partial=partial)
 
-    def publish(self, process: LanczosState, partial: ArrayLike = False) -> Spectrum:
-        """The eigenpairs that a process has found; of a `partial` one, that will go on, those that are sure."""
-        return eigensolver.publish(
-            process,
-            self.rank,
-            self.num_smallest,
-            self.select,
-            self.max_residual,
-            drop_null=True,
-            partial=partial,
-        )
+    def publish(self, process: LanczosState, found: Wanted, partial: ArrayLike = False) -> Spectrum:
+        """The eigenpairs that a process has found."""
+        return eigensolver.publish(process, found, self.sure(found, partial))
 
 
 def make_solver(
@@ -128,9 +118,9 @@ def make_solver(
     )
 
 
-def warm_start(old: Spectrum, seed: jax.Array, params: Vector, axis_name: str | None, carry: Carry) -> Vector:
+def warm_start(old: Spectrum, seed: jax.Array, layout: Layout, carry: Carry) -> Packed:
     """The start of a Lanczos process: the old eigenvectors, in the metric of today, and noise; in segment form."""
-    return eigensolver.warm_start(old, krylov.random_vector(seed, params, axis_name), carry)
+    return eigensolver.warm_start(old, layout.random(seed), carry)
 
 
 def carrier(old: Geometry, new: Geometry) -> Carry:
@@ -223,8 +213,8 @@ def synchronous(solver: Solver, refresh_interval: ArrayLike, warmup_steps: Array
         geometry = source.geometry(factors)
         carry = carrier(source.geometry(state.factors), geometry)
         matvec = in_metric(source.matvec_at(source.params), geometry)
-        process = solver.run(matvec, state.spectrum, state.count, source.params, carry)
-        spectrum = solver.publish(process)
+        process, found = solver.run(matvec, state.spectrum, state.count, source.layout, carry)
+        spectrum = solver.publish(process, found)
         if source.rayleigh is not None:
             spectrum = eigensolver.with_rayleigh_quotients(
                 spectrum, in_metric(source.rayleigh, geometry), solver.axis_name
@@ -247,9 +237,9 @@ def synchronous(solver: Solver, refresh_interval: ArrayLike, warmup_steps: Array
         state = jax.lax.cond(due, lambda s: refresh(s, source), lambda s: s, state)
         return state._replace(clock=counters.tick(state.clock, start, refresh_interval))
 
-    return Refresh(init=lambda params, like, factors: None, advance=advance)
+    return Refresh(init=lambda params, layout, factors: None, advance=advance)
 
 
 def external() -> Refresh:
     """None: somebody else installs spectra."""
-    return Refresh(init=lambda params, like, factors: None, advance=lambda state, source: state)
+    return Refresh(init=lambda params, layout, factors: None, advance=lambda state, source: state)

@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dho2_optax import arguments, counters, plan, segments
+from dho2_optax import arguments, counters, plan, segments, vectors
 from dho2_optax import curvature as curvature_lib
 from dho2_optax.curvature import BatchSize, LossFn, Operator
 from dho2_optax.eigensolver import Spectrum, zero_spectrum
 from dho2_optax.learning import check_objective
 from dho2_optax.metric import Factors, Geometry, Metric, OnSegments, geometry
 from dho2_optax.options import Eigensolver, Newton, check_options
+from dho2_optax.packing import Layout, Packed, of_buffers
 from dho2_optax.parallel import batch_specs, over_axis, specs_of
 from dho2_optax.refresh import carrier, in_metric, install, is_sound, make_solver
 from dho2_optax.state import DHO2State, find_state, replace_state
@@ -447,7 +448,8 @@ class CurvatureGroup:
 
             def read(factors: Factors, base_state: Any, params: Any) -> tuple[Factors, Any]:
                 new = factors.renewed(base_state, params, axis_name=axis_name, metric=metric)
-                return new, segments.whole(new.values, params, axis_name) if elementwise else new.values
+                layout = Layout(params, axis_name)
+                return new, layout.unpack(layout.gather(new.values)) if elementwise else new.values
 
             def specs(axis_name: str) -> tuple[Any, Any]:
                 on_segments = isinstance(ours.factors.base, OnSegments)
@@ -464,9 +466,9 @@ class CurvatureGroup:
     def _optimizers_axis(self, ours: DHO2State, params: Any) -> str | None:
         """The axis over which the optimizer splits vectors, by any name on one device; None if it does not."""
         rows = ours.spectrum.eigenvectors
-        if all(jax.tree.leaves(jax.tree.map(lambda row, x: row.shape[1:] == np.shape(x), rows, params))):
+        if _layout_of(rows, params) == Layout(params, None):
             return None
-        spec = getattr(jax.tree.leaves(rows)[0].sharding, "spec", ())
+        spec = getattr(rows[0].sharding, "spec", ())
         return spec[1] if len(spec) > 1 and isinstance(spec[1], str) else self._axis_name
 
     def _snapshot(self, params: Any) -> Any:
@@ -490,19 +492,18 @@ class CurvatureGroup:
     def _shard_map(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
         return jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def _spectrum_specs(self, params: Any) -> Spectrum:
+    def _spectrum_specs(self) -> Spectrum:
         whole: Any = PartitionSpec()
-        split = PartitionSpec(None, self._axis_name)
-        return Spectrum(whole, jax.tree.map(lambda _: split, params), whole, whole)
+        return Spectrum(whole, PartitionSpec(None, self._axis_name), whole, whole)
 
     def _empty(self, params: Any) -> Spectrum:
         solver = self._solver
 
         def empty(params: Any) -> Spectrum:
-            like = segments.split(params, self._axis_name)
+            like = Layout(params, self._axis_name).split(params)
             return zero_spectrum(solver.num_pairs, like, solver.basis_dtype)
 
-        return jax.jit(self._shard_map(empty, PartitionSpec(), self._spectrum_specs(params)))(params)
+        return jax.jit(self._shard_map(empty, PartitionSpec(), self._spectrum_specs()))(params)
 
     def _compile(self, params: Any, batch: Any, factors: Factors | None) -> Any:
         """The Lanczos process on the group, compiled once for parameters, batch and factors of one shape."""
@@ -511,20 +512,21 @@ class CurvatureGroup:
             return self._solve[kind]
         solver, operator, axis_name, metric = self._solver, self._operator, self._axis_name, self._metric
 
-        def on_segments(factors: Factors | None, params: Any) -> Geometry:
-            kept = None if factors is None else factors.split(axis_name, metric)
-            return geometry(kept, params, axis_name=axis_name, metric=metric)
+        def on_segments(factors: Factors | None, layout: Layout) -> Geometry:
+            kept = None if factors is None else factors.split(layout, metric)
+            return geometry(kept, layout, metric)
 
         def solve(
             params: Any, batch: Any, old: Spectrum, old_factors: Any, factors: Any, count: jax.Array
         ) -> tuple[Spectrum, jax.Array, jax.Array]:
-            before, now = (on_segments(x, params) for x in (old_factors, factors))
+            layout = Layout(params, axis_name)
+            before, now = (on_segments(x, layout) for x in (old_factors, factors))
             matvec = in_metric(curvature_lib.segmented_matvec(operator, params, batch, axis_name), now)
-            process = solver.run(matvec, old, count, params, carrier(before, now))
-            new = solver.publish(process)
+            process, found = solver.run(matvec, old, count, layout, carrier(before, now))
+            new = solver.publish(process, found)
             return new, is_sound(process, new), process.count
 
-        whole, spectrum = PartitionSpec(), self._spectrum_specs(params)
+        whole, spectrum = PartitionSpec(), self._spectrum_specs()
         in_specs = (whole, batch_specs(batch, self._mesh, self._axis_name), spectrum, whole, whole, whole)
         mapped = jax.jit(self._shard_map(solve, in_specs, (spectrum, whole, whole)))
 
@@ -539,6 +541,7 @@ class CurvatureGroup:
 
         everywhere, all_factors = (jax.tree.map(lambda _: whole, tree) for tree in (params, factors))
         old = jax.eval_shape(lambda p: self._empty(p), abstract(params, everywhere))
+        spectrum = spectrum._replace(eigenvectors=(spectrum.eigenvectors,) * len(old.eigenvectors))
         self._solve[kind] = mapped.lower(
             abstract(params, everywhere),
             abstract(batch, in_specs[1]),
@@ -563,7 +566,7 @@ class CurvatureGroup:
                 f"{found.eigenvalues.size}."
             )
         replicated: Any = ours.spectrum.eigenvalues.sharding
-        eigenvectors = self._relayout(found.eigenvectors, target)
+        eigenvectors = self._relayout(found.eigenvectors, target, params)
         moved = jax.device_put(
             found._replace(eigenvectors=eigenvectors),
             Spectrum(replicated, jax.tree.map(lambda x: x.sharding, target), replicated, replicated),
@@ -574,8 +577,8 @@ class CurvatureGroup:
             def deliver(
                 state: DHO2State, new: Spectrum, factors: Any, like: Any, found_at: jax.Array, matvecs: jax.Array
             ) -> DHO2State:
-                both = (state.factors, factors)
-                before, now = (geometry(x, like, axis_name=axis_name, metric=metric) for x in both)
+                layout = Layout(like, axis_name)
+                before, now = (geometry(x, layout, metric) for x in (state.factors, factors))
                 carry = carrier(before, now)
                 state = install(
                     state,
@@ -601,23 +604,22 @@ class CurvatureGroup:
         )
         return replace_state(state, ours._replace(base_state=base_state))
 
-    def _relayout(self, found: Any, target: Any) -> Any:
-        """Eigenvectors in segments of the group, in the shapes in which the optimizer keeps them."""
-
-        def convert(x: jax.Array, like: jax.Array) -> jax.Array:
-            size = int(np.prod(like.shape[1:]))
-            flat = x[:, :size]
-            return jnp.pad(flat, ((0, 0), (0, size - flat.shape[1]))).reshape(like.shape)
-
-        if all(jax.tree.leaves(jax.tree.map(lambda x, like: x.shape == like.shape, found, target))):
+    def _relayout(self, found: Packed, target: Packed, params: Any) -> Packed:
+        """Eigenvectors in the buffers of the group, in those of the optimizer."""
+        before, after = (_layout_of(rows, params) for rows in (found, target))
+        if before == after:
             return found
         if self._convert is None:
-            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), target)
             self._convert = jax.jit(
-                lambda found: jax.tree.map(convert, found, like),
+                jax.vmap(lambda row: after.pack(before.unpack(row))),
                 out_shardings=NamedSharding(self._mesh, PartitionSpec()),
             )
         return self._convert(found)
+
+
+def _layout_of(rows: Packed, params: Any) -> Layout:
+    """The layout of a stack, seen from outside of ``shard_map``."""
+    return of_buffers(jax.eval_shape(lambda rows: vectors.row(rows, 0), rows), params)
 
 
 def _as_the_optimizer(

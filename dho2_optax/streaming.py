@@ -11,6 +11,7 @@ the start of the next cycle. So no update is slow.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +20,13 @@ import jax.numpy as jnp
 from dho2_optax import counters, curvature, krylov, segments, vectors
 from dho2_optax.arguments import check_functions, check_sizes
 from dho2_optax.curvature import BatchSize, LossFn
+from dho2_optax.eigensolver import Wanted
 from dho2_optax.krylov import LanczosState
-from dho2_optax.masking import fill, hide
+from dho2_optax.masking import Shown, fill, hide
 from dho2_optax.metric import Factors, Metric, geometry
+from dho2_optax.packing import Layout, of_buffers
 from dho2_optax.refresh import Refresh, Solver, Source, carrier, in_metric, install, is_sound, keep_if
 from dho2_optax.state import DHO2State, find_state
-from dho2_optax.vectors import Vector
 
 ArrayLike = jax.typing.ArrayLike
 
@@ -41,6 +43,7 @@ class Probing(NamedTuple):
     """A Lanczos process spread over updates."""
 
     process: LanczosState
+    found: Wanted  # what the last look at it has found
     wait: jax.Array  # shape=(), dtype=int32: updates before the one that takes the next probe
     interval: jax.Array  # shape=(), dtype=int32: updates between two probes
     pending: jax.Array  # shape=(), dtype=bool: the next update publishes the pairs found
@@ -49,6 +52,7 @@ class Probing(NamedTuple):
     last: jax.Array  # shape=(k,): eigenvalues in use at the end of the last cycle, zero where masked out
     anchor: Any  # parameters at the first probe of the cycle; None where probes are taken at the current ones
     factors: Factors | None  # of the metric, the same for all probes of the cycle; None without a metric
+    shown: Any  # like the parameters, without arrays: which of them are hidden from the optimizer, and which are not
 
 
 def is_due(state: DHO2State) -> jax.Array:
@@ -64,42 +68,57 @@ def probe_params(probing: Probing, params: Any) -> Any:
     return jax.tree.map(lambda now, anchor: jnp.where(is_first, now, anchor), params, probing.anchor)
 
 
-def streaming(
-    solver: Solver,
-    probe_interval: ArrayLike,
-    max_probe_interval: ArrayLike | None,
-    warmup_steps: ArrayLike,
-    probe_at_anchor: bool,
-) -> Refresh:
-    """One probe every `probe_interval` updates."""
-    axis_name = solver.axis_name
+@dataclass(frozen=True)
+class _Streaming:
+    """One probe every `interval` updates."""
 
-    def init(params: Any, like: Vector, factors: Factors | None) -> Probing:
-        first = krylov.random_vector(jnp.uint32(0), params, axis_name)
+    solver: Solver
+    interval: ArrayLike
+    longest_interval: ArrayLike | None
+    warmup_steps: ArrayLike
+    anchored: bool  # all probes of a cycle at the parameters of its first
+
+    def init(self, params: Any, layout: Layout, factors: Factors | None) -> Probing:
+        """The state before the first update."""
+        solver, seed = self.solver, jnp.zeros((), jnp.uint32)
+        process = krylov.start(
+            layout.random(seed), solver.order, seed=seed, axis_name=solver.axis_name, dtype=solver.basis_dtype
+        )
+        zeros = lambda *shape: jnp.zeros(shape, process.beta.dtype)  # noqa: E731
+        pairs = solver.num_pairs
         return Probing(
-            process=krylov.start(
-                first, solver.order, seed=jnp.uint32(0), axis_name=axis_name, dtype=solver.basis_dtype
-            ),
+            process=process,
+            found=Wanted(zeros(pairs), zeros(pairs), zeros(pairs, solver.order), jnp.zeros(pairs, bool)),
             # Copies: a state that shares a buffer with a hyperparameter could not be donated.
             # With a metric not before the base's state says something.
-            wait=jnp.maximum(jnp.array(warmup_steps, jnp.int32), 0 if factors is None else _METRIC_UPDATES),
-            interval=jnp.array(probe_interval, jnp.int32),
+            wait=jnp.maximum(jnp.array(self.warmup_steps, jnp.int32), 0 if factors is None else _METRIC_UPDATES),
+            interval=jnp.array(self.interval, jnp.int32),
             pending=jnp.zeros((), bool),
             # With a metric the first cycle begins as all others do.
             complete=jnp.asarray(factors is not None),
             skipped=jnp.zeros((), jnp.int32),
-            last=jnp.zeros(solver.num_pairs, vectors.accumulation_dtype(like)),
-            anchor=jax.tree.map(jnp.copy, params) if probe_at_anchor else None,
+            last=zeros(pairs),
+            shown=jax.tree.map(lambda _: Shown(), params),
+            anchor=jax.tree.map(jnp.copy, params) if self.anchored else None,
             factors=jax.tree.map(jnp.copy, factors),
         )
 
-    def assess(process: LanczosState, in_use: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Whether the pairs found so far are worth publishing, and whether the cycle is over."""
-        enough = process.count - process.restart > solver.num_pairs
-        return solver.num_sure(process) > in_use, enough & solver.is_done(krylov.ritz(process))
+    def advance(self, state: DHO2State, source: Source) -> DHO2State:
+        """What one update does: a probe, the start of a cycle, a publication, or nothing of it."""
+        pending, complete = state.probing.pending, state.probing.complete
+        due = is_due(state) & source.allowed
+        begins = complete & ~pending & (state.probing.wait <= 1) & source.allowed
+        # Three conditionals, not a switch: the compiler then copies no big buffer on its way through.
+        state = jax.lax.cond(due, lambda s: self.probe(s, source), lambda s: s, state)
+        # The publication last, though it comes first in a cycle: the eigenvectors then depend on all that the other two
+        # communicate, and no device can come to the sums of the update before another is done with those.
+        state = jax.lax.cond(begins, lambda s: self.begin(s, source), lambda s: s, state)
+        state = jax.lax.cond(pending & source.allowed, lambda s: self.publish(s, source), lambda s: s, state)
+        return state._replace(probing=state.probing._replace(wait=jnp.maximum(state.probing.wait - 1, 0)))
 
-    def probe(state: DHO2State, source: Source) -> DHO2State:
-        probing: Probing = state.probing
+    def probe(self, state: DHO2State, source: Source) -> DHO2State:
+        """Takes one product in."""
+        solver, probing = self.solver, state.probing
         old = probing.process
         geometry = source.geometry(probing.factors)
         if source.product is not None:
@@ -110,86 +129,86 @@ def streaming(
             return state._replace(
                 probing=probing._replace(skipped=counters.add(probing.skipped, 1), wait=probing.interval)
             )
-        new = krylov.extend(old, product, source.params, axis_name)
+        new = krylov.extend(old, product, source.layout)
         finite = krylov.is_finite(new)
         # A product that is not finite leaves the process where it was; it has written nothing to the basis.
         kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new._replace(basis=()), old._replace(basis=()))
         process = kept._replace(basis=new.basis)
         last = (process.count >= solver.order) | process.exhausted
-        look = (process.count % krylov.CHECK_EVERY == 0) | last
+        look = finite & ((process.count % krylov.CHECK_EVERY == 0) | last)
         small = process._replace(basis=())
-        more, done = jax.lax.cond(
-            look & finite,
-            lambda: assess(small, jnp.sum(state.spectrum.mask)),
-            lambda: (jnp.zeros((), bool), jnp.zeros((), bool)),
-        )
-        complete = last | done
+        found, enough = jax.lax.cond(look, lambda: solver.look(small), lambda: (probing.found, jnp.zeros((), bool)))
+        complete = last | (enough & (process.count - process.restart > solver.num_pairs))
+        more = look & (jnp.sum(solver.sure(found, partial=True)) > jnp.sum(state.spectrum.mask))
         return state._replace(
             probing=probing._replace(
                 process=process,
+                found=found,
                 wait=probing.interval,
                 pending=more | complete,
                 complete=complete,
-                anchor=probe_params(probing, source.params) if probe_at_anchor else None,
+                anchor=probe_params(probing, source.params) if self.anchored else None,
             ),
             matvecs=counters.add(state.matvecs, 1),
             rejected=counters.add(state.rejected, ~finite),
         )
 
-    def publish(state: DHO2State, source: Source) -> DHO2State:
+    def publish(self, state: DHO2State, source: Source) -> DHO2State:
+        """Puts the pairs found in use."""
         probing: Probing = state.probing
         process, complete = probing.process, probing.complete
-        spectrum = solver.publish(process, partial=~complete)
+        spectrum = self.solver.publish(process, probing.found, partial=~complete)
         installed = install(
             state,
             spectrum,
             probing.factors,
             carry=carrier(source.geometry(state.factors), source.geometry(probing.factors)),
             found_at=state.count,
-            damping=solver.damping,
-            axis_name=axis_name,
+            damping=self.solver.damping,
+            axis_name=self.solver.axis_name,
         )
         state = keep_if(is_sound(process, spectrum), installed, state)
         found = jnp.where(state.spectrum.mask, state.spectrum.eigenvalues, 0)
-        interval = jnp.asarray(probe_interval, jnp.int32)
-        if max_probe_interval is not None:
-            movement = _movement(probing.last, found)
-            adapted = jnp.where(
-                movement <= _AGREE, 2 * jnp.minimum(probing.interval, counters.LARGEST // 2), probing.interval
-            )
-            adapted = jnp.where(movement >= _DISAGREE, probing.interval // 2, adapted)
-            adapted = jnp.clip(adapted, interval, jnp.asarray(max_probe_interval, jnp.int32))
-            interval = jnp.where(complete, adapted, probing.interval)
         return state._replace(
             probing=probing._replace(
-                interval=interval,
+                interval=self._interval_after(probing, found),
                 pending=jnp.zeros_like(probing.pending),
                 last=jnp.where(complete, found, probing.last),
             )
         )
 
-    def begin(state: DHO2State, source: Source) -> DHO2State:
+    def _interval_after(self, probing: Probing, found: jax.Array) -> jax.Array:
+        """The interval of the next probes, by how far the eigenvalues have moved from cycle to cycle."""
+        interval = jnp.asarray(self.interval, jnp.int32)
+        if self.longest_interval is None:
+            return interval
+        movement, before = _movement(probing.last, found), probing.interval
+        adapted = jnp.where(movement <= _AGREE, 2 * jnp.minimum(before, counters.LARGEST // 2), before)
+        adapted = jnp.where(movement >= _DISAGREE, before // 2, adapted)
+        adapted = jnp.clip(adapted, interval, jnp.asarray(self.longest_interval, jnp.int32))
+        return jnp.where(probing.complete, adapted, before)
+
+    def begin(self, state: DHO2State, source: Source) -> DHO2State:
+        """Starts a cycle from the vectors in use."""
         probing: Probing = state.probing
         factors = source.factors(state.base_state)
         carry = carrier(source.geometry(state.factors), source.geometry(factors))
-        first, seed = solver.first_vector(state.spectrum, state.count, source.params, carry)
-        process = krylov.restart(probing.process, first, seed=seed, axis_name=axis_name)
+        first, seed = self.solver.first_vector(state.spectrum, state.count, source.layout, carry)
+        process = krylov.restart(probing.process, first, seed=seed, axis_name=self.solver.axis_name)
         complete = jnp.zeros_like(probing.complete)
         return state._replace(probing=probing._replace(process=process, complete=complete, factors=factors))
 
-    def advance(state: DHO2State, source: Source) -> DHO2State:
-        pending, complete = state.probing.pending, state.probing.complete
-        due = is_due(state) & source.allowed
-        begins = complete & ~pending & (state.probing.wait <= 1) & source.allowed
-        # Three conditionals, not a switch: the compiler then copies no big buffer on its way through.
-        state = jax.lax.cond(due, lambda s: probe(s, source), lambda s: s, state)
-        # The publication last, though it comes first in a cycle: the eigenvectors then depend on all that the other two
-        # communicate, and no device can come to the sums of the update before another is done with those.
-        state = jax.lax.cond(begins, lambda s: begin(s, source), lambda s: s, state)
-        state = jax.lax.cond(pending & source.allowed, lambda s: publish(s, source), lambda s: s, state)
-        return state._replace(probing=state.probing._replace(wait=jnp.maximum(state.probing.wait - 1, 0)))
 
-    return Refresh(init=init, advance=advance)
+def streaming(
+    solver: Solver,
+    interval: ArrayLike,
+    longest_interval: ArrayLike | None,
+    warmup_steps: ArrayLike,
+    anchored: bool,
+) -> Refresh:
+    """One probe every `interval` updates, or up to `longest_interval` where eigenvalues stand still."""
+    way = _Streaming(solver, interval, longest_interval, warmup_steps, anchored)
+    return Refresh(init=way.init, advance=way.advance)
 
 
 def _movement(before: jax.Array, after: jax.Array) -> jax.Array:
@@ -274,10 +293,11 @@ def value_grad_and_hvp(
             return value, grads, vectors.vary(jax.tree.map(vectors.zeros_like, params), axis_name)
 
         def probe() -> tuple[Any, Any, Any]:
-            segment = found.probing.process.vector
-            shown = hide(params, segment)
-            half = geometry(found.probing.factors, shown, axis_name=axis_name, metric=metric).half
-            vector = segments.whole(half(segment), shown, axis_name)
+            segment, shown = found.probing.process.vector, hide(params, found.probing.shown)
+            # With `mesh=` and outside of its shard_map, what all devices have is seen as one.
+            layout = Layout(shown, axis_name) if segments.bound_axis(axis_name) else of_buffers(segment, shown)
+            half = geometry(found.probing.factors, layout, metric).half
+            vector = layout.unpack(layout.gather(half(segment)))
             vector = fill(vector, jax.tree.map(vectors.zeros_like, params))
             vector = vectors.vary(vectors.cast_like(vector, params), axis_name)
             if found.probing.anchor is None and size is None:

@@ -159,6 +159,7 @@ def rotate_state(
 
 
 _OUTLIER = 4.0  # how many times its usual length a gradient may have
+_RESTLESS = 1.5  # and with how many the base is no longer scaled
 _PACE = 0.1  # by how much the logarithm of the usual length follows
 
 
@@ -166,7 +167,9 @@ class Bounds(NamedTuple):
     r"""What bounds a hybrid by its base, so that no batch does more harm than to the base alone.
 
     A base such as Adam bounds its own step whatever the gradient, and the Newton step is linear in it. So a gradient of
-    more than four times the usual length is the base's: so is the update, until a momentum has forgotten it.
+    more than four times the usual length is the base's: so is the update, until a momentum has forgotten it. Where a
+    scaled base outruns curvature that has turned out of the subspace, gradients grow from update to update. So they are
+    taken for that, and the scale is 1, from one and a half times the usual length on.
 
     And whatever eigenvalue a batch has led to, the Newton step goes no further along its vector than the base would go
     by itself along a gradient that lasts: eigenvalues count as at least `least`, :math:`\alpha / \eta`, with
@@ -197,6 +200,10 @@ class Bounds(NamedTuple):
     def trust(self) -> jax.Array:
         """Whether the last gradient, and what a momentum remembers of those before it, are of the usual length."""
         return self.peak <= _OUTLIER * self.usual
+
+    def calm(self) -> jax.Array:
+        """Whether they are not even on their way to be longer, so that the base may be scaled."""
+        return self.peak <= _RESTLESS * self.usual
 
 
 class HybridStep(NamedTuple):
@@ -268,7 +275,7 @@ def hybrid_step(
 
     least: ArrayLike = 0.0
     if bounds is not None:
-        sigma = jnp.where(trusted, sigma, 1)
+        sigma = jnp.where(trusted & bounds.calm(), sigma, 1)
         # How far the base would go by itself along a gradient that lasts, and how far the Newton step would.
         pace, newton_pace = momentum.limit * gain(momentum.limit) / tolerable, alpha * gain(limit_of(subspace_state))
         least = jnp.where(jnp.isfinite(tolerable), newton_pace / pace, bounds.least).astype(bounds.least.dtype)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dho2_optax import arguments, krylov, parallel, vectors
+from dho2_optax import arguments, parallel, vectors
 from dho2_optax import refresh as refresh_lib
 from dho2_optax.arguments import INJECTION_HINT
 from dho2_optax.curvature import BatchSize, LossFn, Operator
@@ -19,6 +19,7 @@ from dho2_optax.hybrid import Settings, hybrid
 from dho2_optax.learning import Learning, axis_of, check_objective
 from dho2_optax.metric import Metric
 from dho2_optax.options import BaseScale, Eigensolver, MetricChoice, Newton, Split, check_options
+from dho2_optax.packing import Layout, Packed
 from dho2_optax.refresh import Refresh, Solver
 from dho2_optax.streaming import streaming
 from dho2_optax.subspace import Damping
@@ -61,7 +62,8 @@ def dho2(
     with the base scaled by :math:`\sigma = \text{clip}(|\lambda|_{\max}/\lambda_\text{left}, 1,
     \text{limit})`, where :math:`\lambda_\text{left}` is what is left of the curvature outside: the larger
     of :math:`|\lambda|_k` and of what a refresh finds that the eigenvectors before it have missed. So the base steps
-    further from the second refresh on. Until the first the update is `base`'s.
+    further from the second refresh on. Until the first the update is `base`'s. While gradients are longer than usual by
+    half, :math:`\sigma` is 1.
 
     No batch does more harm than to `base` alone. A gradient of more than four times its usual length is `base`'s, and
     so is the update, until a momentum has forgotten it. Along an eigenvector the Newton step goes no further than
@@ -312,10 +314,10 @@ def fosi(
     arguments.check_numbers("non-negative", schedule=True, alpha=alpha)
     arguments.check_numbers("non-negative", infinite=True, base_scale_limit=base_scale_limit)
 
-    def start_at(old: Spectrum, seed: jax.Array, params: Vector, axis_name: str | None, carry: Any) -> Vector:
-        del old, seed, carry
-        random = krylov.random_vector(jnp.uint32(0), params, axis_name)
-        return random if start is None else vectors.cast_like(start, random)
+    def start_at(old: Spectrum, seed: jax.Array, layout: Layout, carry: Any) -> Packed:
+        del old, carry
+        random = layout.random(jnp.zeros_like(seed))
+        return random if start is None else vectors.cast_like(layout.pack(start), random)
 
     solver = Solver(
         rank=rank,

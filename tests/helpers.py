@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from dho2_optax import BaseScale, Eigensolver, Newton, Split
+from dho2_optax.packing import Layout
 
 AXIS = "data"
 How = Literal["shard_map", "shard_map without vma", "pmap", "vmap"]
@@ -49,6 +50,13 @@ def symmetric(eigenvalues: np.ndarray, seed: int = 0) -> np.ndarray:
     rotation, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))
     matrix = (rotation * eigenvalues) @ rotation.T
     return (matrix + matrix.T) / 2
+
+
+class Leaves(Layout):
+    """Vectors as they are, not packed: for what computes with any pytrees."""
+
+    def noise(self, seed: Any) -> Any:
+        return self.unpack_segments(super().noise(seed))
 
 
 def flat(tree: Any) -> np.ndarray:

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import dho2_optax as dho2
 from dho2_optax.curvature import part_size
-from tests.helpers import AXIS, make_mesh
+from tests.helpers import AXIS, flat, make_mesh
 
 _PARAMS = jnp.ones(1)
 # From samples in all to samples of a product, on one device and on each of two.
@@ -113,7 +113,7 @@ def test_the_samples_are_the_leading_ones_and_the_quotients_have_others():
 def test_a_product_apart_equals_that_of_the_part_and_a_joint_one_that_of_the_batch():
     loss, batch = _Loss(), jnp.arange(2000.0)
     state = dho2.mr_dho2(optax.sgd(0.1), rank=1).init(_PARAMS)
-    vector = float(state.probing.process.vector[0])
+    vector = flat(state.probing.process.vector).item()
     for options, size in (({}, 250), ({"batch_size": None}, 2000)):
         value, grads, hvp = dho2.value_grad_and_hvp(loss, **options)(_PARAMS, state, batch)
         np.testing.assert_allclose(value, np.mean(np.arange(2000)) / 2, rtol=1e-6)

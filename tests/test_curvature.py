@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dho2_optax import curvature, segments
+from dho2_optax import curvature
 from dho2_optax.curvature import gauss_newton, hessian
+from dho2_optax.packing import Layout
 from tests.helpers import AXIS, SPLITTING, count_instructions, flat, flat_rows, on_devices, unflatten
 
 _NUM_SAMPLES = 24
@@ -258,7 +259,8 @@ def test_segmented_matvec_is_the_hessian_of_the_global_mean_loss(how, dense):
     def program(whole, batch):
         params, vector = whole
         matvec = curvature.segmented_matvec(hessian(_loss), params, batch, AXIS)
-        return segments.gather(matvec(segments.split(vector, AXIS)), params, AXIS)
+        layout = Layout(params, AXIS)
+        return layout.unpack(layout.gather(matvec(layout.split(vector))))
 
     run = on_devices(program, num_devices, how)
     for product in flat_rows(run((_params(0), _params(5)), local)):
@@ -271,7 +273,8 @@ def test_segmented_matvec_is_the_hessian_of_the_global_mean_loss(how, dense):
 
 def test_segmented_matvec_without_an_axis_is_the_operator(reference):
     matvec = curvature.segmented_matvec(hessian(_loss), _params(0), _batch(), None)
-    _assert_same(flat(jax.jit(matvec)(_params(5))), reference)
+    layout = Layout(_params(0), None)
+    _assert_same(flat(layout.unpack(jax.jit(matvec)(layout.pack(_params(5))))), reference)
 
 
 def test_segmented_matvec_hands_the_operator_vectors_in_the_dtypes_of_the_parameters():
@@ -283,5 +286,6 @@ def test_segmented_matvec_hands_the_operator_vectors_in_the_dtypes_of_the_parame
         return vector
 
     matvec = curvature.segmented_matvec(operator, params, (), None)
-    matvec(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+    layout = Layout(params, None)
+    matvec(layout.pack(jax.tree.map(lambda x: x.astype(jnp.float32), params)))
     assert seen == [{"a": jnp.bfloat16, "b": jnp.float32}]

@@ -14,6 +14,7 @@ from dho2_optax.poc import data
 from tests.helpers import (
     AXIS,
     SPLITTING,
+    Leaves,
     flat,
     flat_rows,
     matrix_operator,
@@ -32,6 +33,7 @@ _SPECTRA = {
     "multiple": np.concatenate([[5, 5, 5, 3, -3, 1.5, 1.2, 1.1], np.linspace(-0.1, 0.1, _N - 8)]),
     "tiny gaps": np.linspace(1, 2, _N),
 }
+_LEAVES = Leaves(_LIKE, None)
 _matvecs = []  # one entry for each product that `_solve` made
 
 
@@ -54,6 +56,11 @@ def _solve(matrix, *, rank=_RANK, tolerance=None, key=None, start=None, **option
     found = jax.tree.map(np.asarray, found)
     jax.effects_barrier()
     return found, len(_matvecs)
+
+
+def _look(rank):
+    """Finds the largest pairs, which are never enough."""
+    return lambda state: (eigensolver.wanted(krylov.ritz(state), rank, 0, "magnitude"), jnp.zeros((), bool))
 
 
 def _largest(eigenvalues, rank=_RANK):
@@ -149,11 +156,10 @@ def test_eigenvectors_are_exactly_zero_where_the_operator_is(name):
     def again(matrix, old):
         # From old vectors that have entries there.
         old = old._replace(eigenvectors=jax.tree.map(lambda x: x + jnp.asarray(0.1, x.dtype), old.eigenvectors))
-        first = eigensolver.warm_start(old, krylov.random_vector(jnp.uint32(1), _LIKE, None))
+        first = eigensolver.warm_start(old, _LEAVES.random(jnp.uint32(1)))
         state = krylov.start(first, 20, seed=jnp.uint32(0))
-        never = lambda pairs: pairs.num_valid < 0  # noqa: E731
-        state = krylov.run(matrix_operator(matrix, _LIKE), state, _LIKE, is_done=never, min_matvecs=0)
-        return first, eigensolver.publish(state, 3, 0, "magnitude", 0.1)
+        state, found = krylov.run(matrix_operator(matrix, _LIKE), state, _LEAVES, look=_look(3), min_matvecs=0)
+        return first, eigensolver.publish(state, found, eigensolver.usable(found, 0.1))
 
     first, warm = again(matrix.astype(np.float32), found)
     assert np.all(flat(first)[dead])
@@ -347,7 +353,7 @@ def _drifted(new_direction):
 
 @jax.jit
 def _warm_start(spectrum):
-    return eigensolver.warm_start(spectrum, krylov.random_vector(jnp.uint32(1), _LIKE, None))
+    return eigensolver.warm_start(spectrum, _LEAVES.random(jnp.uint32(1)))
 
 
 @pytest.mark.parametrize("new_direction", [0, 12])
@@ -381,11 +387,10 @@ def test_published_pairs_are_those_with_small_enough_residuals():
 
     @jax.jit
     def publish(matrix, max_residual):
-        state = krylov.start(krylov.random_vector(jnp.uint32(0), _LIKE, None), 9, seed=jnp.uint32(0))
-        never = lambda pairs: pairs.num_valid < 0  # noqa: E731
-        matvec = matrix_operator(matrix, _LIKE)
-        state = krylov.run(matvec, state, _LIKE, is_done=never, min_matvecs=0)
-        return eigensolver.publish(state, 4, 0, "magnitude", max_residual), krylov.ritz(state)
+        state = krylov.start(_LEAVES.random(jnp.uint32(0)), 9, seed=jnp.uint32(0))
+        state, found = krylov.run(matrix_operator(matrix, _LIKE), state, _LEAVES, look=_look(4), min_matvecs=0)
+        published = eigensolver.publish(state, found, eigensolver.usable(found, max_residual))
+        return published, krylov.ritz(state)
 
     for max_residual in (0.0, 1e-3, 1e-2, np.inf):
         found, pairs = publish(matrix, max_residual)
@@ -422,18 +427,19 @@ def test_pairs_of_a_process_that_goes_on_must_be_sure_by_themselves(partial, res
     # In ascending order, with a pair of small magnitude that is not wanted.
     pairs = _few_pairs([-4.0, 0.1, 1.0, 10.0], [residuals[1], 0.0, residuals[2], residuals[0]])
     for given in (partial, jnp.asarray(partial)):
-        index, mask = eigensolver.usable(pairs, 3, 0, "magnitude", 0.1, partial=given)
-        np.testing.assert_array_equal(index, [3, 0, 2])
-        np.testing.assert_array_equal(mask, expected)
-    index, mask = eigensolver.usable(pairs, 2, 1, "algebraic", 0.1, partial=partial)
-    np.testing.assert_array_equal(index, [0, 2, 3])
-    np.testing.assert_array_equal(mask, np.array(expected)[[1, 2, 0]])
+        found = eigensolver.wanted(pairs, 3, 0, "magnitude")
+        np.testing.assert_array_equal(found.values, np.float32([10, -4, 1]))
+        np.testing.assert_array_equal(found.coefficients, np.eye(4)[[3, 0, 2]])
+        np.testing.assert_array_equal(eigensolver.usable(found, 0.1, partial=given), expected)
+    found = eigensolver.wanted(pairs, 2, 1, "algebraic")
+    np.testing.assert_array_equal(found.values, np.float32([-4, 1, 10]))
+    np.testing.assert_array_equal(eigensolver.usable(found, 0.1, partial=partial), np.array(expected)[[1, 2, 0]])
 
 
 @pytest.mark.parametrize("partial", [False, True])
 def test_pairs_that_do_not_exist_are_not_usable(partial):
     pairs = _few_pairs([-4.0, 1.0, 99.0, 99.0], [0.0, 0.0, 0.0, 0.0], num_valid=2)
-    _, mask = eigensolver.usable(pairs, 3, 0, "magnitude", 0.1, partial=partial)
+    mask = eigensolver.usable(eigensolver.wanted(pairs, 3, 0, "magnitude"), 0.1, partial=partial)
     np.testing.assert_array_equal(mask, [True, True, False])
 
 
@@ -442,10 +448,9 @@ def test_published_pairs_of_a_partial_process_are_the_sure_ones():
 
     @jax.jit
     def publish(matrix, partial):
-        state = krylov.start(krylov.random_vector(jnp.uint32(0), _LIKE, None), 5, seed=jnp.uint32(0))
-        never = lambda pairs: pairs.num_valid < 0  # noqa: E731
-        state = krylov.run(matrix_operator(matrix, _LIKE), state, _LIKE, is_done=never, min_matvecs=0)
-        return eigensolver.publish(state, 3, 0, "magnitude", 0.05, partial=partial)
+        state = krylov.start(_LEAVES.random(jnp.uint32(0)), 5, seed=jnp.uint32(0))
+        state, found = krylov.run(matrix_operator(matrix, _LIKE), state, _LEAVES, look=_look(3), min_matvecs=0)
+        return eigensolver.publish(state, found, eigensolver.usable(found, 0.05, partial=partial))
 
     partial, whole = publish(matrix, True), publish(matrix, False)
     np.testing.assert_array_equal(partial.mask, [True, False, False])

@@ -1,14 +1,16 @@
 import re
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dho2_optax import krylov, segments
+from dho2_optax import krylov, vectors
+from dho2_optax.packing import Layout
 from tests.helpers import (
     AXIS,
+    Leaves,
     count_instructions,
     flat,
     flat_rows,
@@ -22,12 +24,12 @@ from tests.helpers import (
 _N, _ORDER = 60, 24
 _SPECTRA = named_spectra(_N)
 _LIKE = {"a": np.zeros((5, 6), np.float32), "b": np.zeros(29, np.float32), "c": np.float32(0)}
+_LEAVES = Leaves(_LIKE, None)
 _TOLERANCE = 3e-6  # float32, relative to the norm of the matrix
 
 
-def _never(pairs):
-    del pairs
-    return jnp.zeros((), bool)
+def _never(state):
+    return krylov.ritz(state), jnp.zeros((), bool)
 
 
 @partial(jax.jit, static_argnames="order")
@@ -42,12 +44,12 @@ def _compiled_run(matrix, first, seed, bound, min_matvecs, poison, bad, order):
         is_poison = jnp.abs(vector["b"][0] - poison["b"][0]) < 1e-6
         return {**product, "b": jnp.where(is_poison, bad, product["b"])}
 
-    def is_done(pairs):
-        return pairs.residuals[pairs.num_valid - 1] < bound
+    def look(state):
+        pairs = krylov.ritz(state)
+        return pairs, pairs.residuals[pairs.num_valid - 1] < bound
 
     state = krylov.start(first, order, seed=seed)
-    state = krylov.run(matvec, state, _LIKE, is_done=is_done, min_matvecs=min_matvecs)
-    return state, krylov.ritz(state)
+    return krylov.run(matvec, state, _LEAVES, look=look, min_matvecs=min_matvecs)
 
 
 @jax.jit
@@ -57,7 +59,7 @@ def _begin(first):
 
 @jax.jit
 def _extend(matrix, state):
-    return krylov.extend(state, matrix_operator(matrix, _LIKE)(state.vector), _LIKE)
+    return krylov.extend(state, matrix_operator(matrix, _LIKE)(state.vector), _LEAVES)
 
 
 def _random(seed):
@@ -196,8 +198,7 @@ def test_an_order_above_the_dimension_ends_with_the_space():
     def run(matrix, first):
         state = krylov.start(first, 9, seed=jnp.uint32(0))
         matvec = matrix_operator(matrix, like)
-        state = krylov.run(matvec, state, like, is_done=_never, min_matvecs=0)
-        return state, krylov.ritz(state)
+        return krylov.run(matvec, state, Leaves(like, None), look=_never, min_matvecs=0)
 
     first = unflatten(np.arange(1, 6, dtype=np.float32), like)
     state, pairs = run(matrix.astype(np.float32), first)
@@ -224,8 +225,8 @@ def test_a_basis_of_the_whole_space_is_orthonormal(name):
 def test_run_changes_nothing_once_the_basis_is_full():
     matrix = symmetric(_SPECTRA["outliers"]).astype(np.float32)
     full, _ = _run(matrix)
-    run = partial(krylov.run, like=_LIKE, is_done=_never, min_matvecs=0)
-    after = jax.jit(lambda state: run(matrix_operator(matrix, _LIKE), state))(full)
+    run = partial(krylov.run, layout=_LEAVES, look=_never, min_matvecs=0)
+    after = jax.jit(lambda state: run(matrix_operator(matrix, _LIKE), state)[0])(full)
     for name, before in full._asdict().items():
         np.testing.assert_array_equal(flat(getattr(after, name)), flat(before), err_msg=name)
 
@@ -275,7 +276,7 @@ def test_a_moving_operator_keeps_the_basis_orthonormal():
         def step(state, j):
             moving = start.astype(np.float32) + 0.1 * j * drift.astype(np.float32)
             product = matrix_operator(moving, _LIKE)(state.vector)
-            return krylov.extend(state, product, _LIKE), None
+            return krylov.extend(state, product, _LEAVES), None
 
         state = krylov.start(first, _ORDER, seed=jnp.uint32(0))
         state, _ = jax.lax.scan(step, state, jnp.arange(_ORDER, dtype=jnp.float32))
@@ -443,14 +444,17 @@ def test_a_first_product_that_is_not_finite_leaves_the_start_as_it_was():
 @pytest.mark.parametrize("name", ["outliers", "low rank"])
 def test_on_several_devices_the_basis_is_exactly_zero_where_the_operator_is(name, num_devices):
     def program(matrix, _):
-        def matvec(segment):
-            whole = segments.gather(segment, _LIKE, AXIS)
-            return segments.split(matrix_operator(matrix, _LIKE)(whole), AXIS)
+        layout = Layout(_LIKE, AXIS)
 
-        first = segments.split(_random(1), AXIS)
-        state = krylov.start(first, _ORDER, seed=jnp.uint32(0), axis_name=AXIS)
-        state = krylov.run(matvec, state, _LIKE, is_done=_never, min_matvecs=0, axis_name=AXIS)
-        rows = [segments.gather(jax.tree.map(lambda x: x[i], state.basis), _LIKE, AXIS) for i in range(_ORDER)]  # noqa: B023
+        def whole(segment):
+            return layout.unpack(layout.gather(segment))
+
+        def matvec(segment):
+            return layout.split(matrix_operator(matrix, _LIKE)(whole(segment)))
+
+        state = krylov.start(layout.split(_random(1)), _ORDER, seed=jnp.uint32(0), axis_name=AXIS)
+        state, _ = krylov.run(matvec, state, layout, look=_never, min_matvecs=0)
+        rows = [whole(vectors.row(state.basis, i)) for i in range(_ORDER)]
         return jax.tree.map(lambda *x: jnp.stack(x), *rows), state.restart
 
     matrix = _with_dead_rows(name).astype(np.float32)
@@ -465,7 +469,7 @@ def test_extend_copies_no_basis_and_sums_four_times_over_the_devices():
     like = {"a": np.zeros((50, 40), np.float32)}
 
     def extend(state, product):
-        return krylov.extend(state, product, like)
+        return krylov.extend(state, product, Leaves(like, None))
 
     state = krylov.start(jax.tree.map(jnp.ones_like, like), 16, seed=jnp.uint32(0))
     hlo = jax.jit(extend, donate_argnums=0).lower(state, like).compile().as_text()
@@ -473,9 +477,9 @@ def test_extend_copies_no_basis_and_sums_four_times_over_the_devices():
     assert not re.findall(r"f32\[16,50,40\]\S* copy\(", hlo)
 
     def program(product, _):
-        first = krylov.random_vector(jnp.uint32(0), like, AXIS)
-        state = krylov.start(first, 16, seed=jnp.uint32(0), axis_name=AXIS)
-        return krylov.extend(state, segments.split(product, AXIS), like, AXIS)
+        layout = Layout(like, AXIS)
+        state = krylov.start(layout.random(jnp.uint32(0)), 16, seed=jnp.uint32(0), axis_name=AXIS)
+        return krylov.extend(state, layout.split(product), layout)
 
     hlo = on_devices(program, 2, "shard_map").lower(like, np.zeros(2)).compile().as_text()
     # Two for the norms of the start, and one in the branch that draws a random vector.
@@ -495,70 +499,10 @@ def test_a_basis_in_bfloat16_is_stored_in_bfloat16_and_close_to_orthonormal():
     def run(first):
         state = krylov.start(first, 8, seed=jnp.uint32(0), dtype=jnp.bfloat16)
         matvec = matrix_operator(matrix, _LIKE)
-        return krylov.run(matvec, state, _LIKE, is_done=_never, min_matvecs=0)
+        return krylov.run(matvec, state, _LEAVES, look=_never, min_matvecs=0)[0]
 
     state = run(_random(1))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.basis)} == {jnp.dtype("bfloat16")}
     assert state.projected.dtype == jnp.float32
     basis = flat_rows(state.basis)
     np.testing.assert_allclose(basis @ basis.T, np.eye(8), atol=3e-2)
-
-
-_MIXED = {
-    "big": jax.ShapeDtypeStruct((30, 40), jnp.float32),
-    "same": jax.ShapeDtypeStruct((30, 40), jnp.bfloat16),
-    "odd": jax.ShapeDtypeStruct((257,), jnp.float32),
-    "scalar": jax.ShapeDtypeStruct((), jnp.float32),
-    "empty": jax.ShapeDtypeStruct((0,), jnp.float32),
-}
-
-
-@cache
-def _random_vector(seed, num_devices=None):
-    like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _MIXED)
-    seed = np.uint32(seed)
-    if num_devices is None:
-        return jax.jit(lambda seed: krylov.random_vector(seed, like, None))(seed)
-
-    def program(seed, _):
-        segment = krylov.random_vector(seed, like, AXIS)
-        return segments.gather(segment, like, AXIS), segment
-
-    return on_devices(program, num_devices, "shard_map")(seed, np.zeros(num_devices))
-
-
-@pytest.mark.parametrize("num_devices", [1, 2, 3, 4, 8])
-def test_random_vectors_do_not_depend_on_the_number_of_devices(num_devices):
-    alone = _random_vector(5)
-    whole, segment = _random_vector(5, num_devices)
-    for name, leaf in alone.items():
-        for p in range(num_devices):
-            np.testing.assert_allclose(whole[name][p], leaf, rtol=1e-6)
-        assert not np.asarray(segment[name]).reshape(-1)[leaf.size :].any()
-
-
-def test_random_vectors_differ_by_seed_and_between_leaves():
-    first, second = _random_vector(5), _random_vector(6)
-    for x, y in (
-        (first["big"], second["big"]),
-        (first["odd"], second["odd"]),
-        (first["big"], first["same"]),
-        (first["big"].reshape(-1)[:257], first["odd"]),
-    ):
-        correlation = np.corrcoef(np.ravel(x), np.ravel(y))[0, 1]
-        assert abs(correlation) < 4 / np.sqrt(np.size(x))
-    assert first["scalar"] != second["scalar"]
-
-
-def test_random_vectors_are_uniform_unit_and_of_float32():
-    vector = _random_vector(5)
-    assert {leaf.dtype for leaf in jax.tree.leaves(vector)} == {jnp.dtype("float32")}
-    values = flat(vector)
-    assert np.linalg.norm(values) == pytest.approx(1, abs=1e-5)
-    values = values * np.sqrt(values.size / 3)  # uniform between -1 and 1
-    assert abs(np.mean(values)) < 4 / np.sqrt(3 * values.size)
-    assert np.mean(values**4) == pytest.approx(1 / 5, rel=0.1)
-    assert np.max(np.abs(values)) < 1.1
-    assert np.unique(values).size == values.size
-    neighbours = np.corrcoef(values[:-1], values[1:])[0, 1]
-    assert abs(neighbours) < 4 / np.sqrt(values.size)

@@ -10,10 +10,12 @@ import pytest
 from dho2_optax import learning, metric
 from dho2_optax.learning import Inputs, Learning
 from dho2_optax.options import Split
+from dho2_optax.packing import Layout
 from tests.helpers import AXIS, flat
 
 _PARAMS = {"a": jnp.asarray([1.0, 2.0]), "b": jnp.asarray(3.0)}
 _VECTOR = {"a": jnp.asarray([1.0, 0.0]), "b": jnp.asarray(2.0)}
+_LAYOUT = Layout(_PARAMS, None)
 
 
 def _loss(params: Any, batch: Any) -> jax.Array:
@@ -22,7 +24,7 @@ def _loss(params: Any, batch: Any) -> jax.Array:
 
 def _source(known: Learning, inputs: Inputs) -> Any:
     return learning.source(
-        known, _PARAMS, inputs, factors=lambda base_state: None, geometry=lambda factors: metric.EUCLIDEAN
+        known, _PARAMS, _LAYOUT, inputs, factors=lambda base_state: None, geometry=lambda factors: metric.EUCLIDEAN
     )
 
 
@@ -33,7 +35,7 @@ def test_a_product_that_is_given_comes_before_one_that_we_would_make():
     np.testing.assert_array_equal(flat(streaming.product()), flat(_VECTOR))
     synchronous = _source(Learning(loss_fn=_loss), inputs)
     assert synchronous.product is None
-    np.testing.assert_allclose(flat(synchronous.matvec_at(_PARAMS)(_VECTOR)), 3 * flat(_VECTOR))
+    np.testing.assert_allclose(flat(synchronous.matvec_at(_PARAMS)(_LAYOUT.pack(_VECTOR))), 3 * flat(_VECTOR))
 
 
 def test_without_anything_there_is_nothing_or_it_is_asked_for():
@@ -48,16 +50,18 @@ def test_without_anything_there_is_nothing_or_it_is_asked_for():
 def test_a_second_operator_is_at_the_parameters_of_the_update():
     rayleigh = lambda params, vector, batch: jax.tree.map(lambda p, v: p * v * batch, params, vector)  # noqa: E731
     found = _source(Learning(loss_fn=_loss, rayleigh=rayleigh), Inputs(batch=jnp.asarray([3.0])))
-    np.testing.assert_allclose(flat(found.rayleigh(_VECTOR)), 3 * flat(_PARAMS) * flat(_VECTOR))
+    np.testing.assert_allclose(flat(found.rayleigh(_LAYOUT.pack(_VECTOR))), 3 * flat(_PARAMS) * flat(_VECTOR))
 
 
 @pytest.mark.parametrize("average", [False, True])
 def test_a_segment_is_of_the_mean_or_of_what_is_given(average):
     split = Split(AXIS, average_gradients=average)
     gradients = jnp.asarray([[2.0, 4.0], [6.0, 8.0]])
-    segments = jax.vmap(lambda g: learning.own_segment(g, split), axis_name=AXIS)(gradients)
+    own = lambda g: learning.own_segment(g, Layout(g, AXIS), split)  # noqa: E731
+    (segments,) = jax.vmap(own, axis_name=AXIS)(gradients)
     # The second device has padding.
     expected = [4.0, 6.0] if average else [2.0, 4.0]
-    np.testing.assert_allclose(segments[0, :2], expected)
+    np.testing.assert_allclose(segments[0, :2, 0], expected)
     assert not segments[1].any()
-    np.testing.assert_array_equal(learning.own_segment(gradients, None), gradients)
+    (whole,) = learning.own_segment(gradients, Layout(gradients, None), None)
+    np.testing.assert_array_equal(whole, gradients)

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
 from dho2_optax import metric
+from dho2_optax.packing import Layout, of_buffers
 from dho2_optax.streaming import is_due
 from tests.helpers import AXIS, SPLITTING, flat, flat_rows, make_mesh, on_devices, python_blocks, unflatten
 
@@ -65,14 +66,16 @@ def _found(tx: Any, params: Any, batch: Any) -> Any:
 
 
 def _rows(stack: Any, params: Any) -> list[Any]:
-    """Vectors like `params` from a stack of them, whole or in segment form."""
+    """Vectors like `params` from a packed stack of them, seen from outside of ``shard_map``."""
+    layout = of_buffers(jax.tree.map(lambda x: x[0], stack), params)
+    return [layout.unpack(jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), stack)) for i in range(len(stack[0]))]
 
-    def whole(leaf: Any, like: Any) -> np.ndarray:
-        return np.asarray(leaf).reshape(len(leaf), -1)[:, : like.size].reshape(len(leaf), *like.shape)
 
-    stack = jax.tree.map(whole, stack, params)
-    num_rows = len(jax.tree.leaves(stack)[0])
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(num_rows)]
+def _half(state: Any, params: Any) -> Callable[[Any], Any]:
+    """The square root of the metric in use, on vectors like `params`."""
+    layout = Layout(params, None)
+    geometry = metric.geometry(state.factors, layout)
+    return lambda x: layout.unpack(geometry.half(layout.pack(x)))
 
 
 def _derivative(gradient: Callable[[Any], Any], params: Any, vector: Any) -> np.ndarray:
@@ -105,7 +108,7 @@ def _probed(state: Any, params: Any) -> Any:
 
 def _joined(segments: Any, params: Any) -> Any:
     """The vector of which every device returned a segment."""
-    return _rows(jax.tree.map(lambda x: x.reshape(1, -1), segments), params)[0]
+    return _rows(jax.tree.map(lambda x: x.reshape(1, -1, x.shape[-1]), segments), params)[0]
 
 
 def _assert_is_derivative(hvp: Any, gradient: Callable[[Any], Any], params: Any, vector: Any) -> None:
@@ -205,13 +208,13 @@ def test_decay_in_the_base_leaves_the_subspace_out_and_is_scaled_outside():
     updates, after = jax.jit(dho2.dho2(adamw, **options).update)(gradient, with_decay, params)
     difference = flat(updates) - _update(dho2.dho2(adam, **options), gradient, state, params)
 
-    geometry = metric.geometry(state.factors, params)
-    rows = flat_rows(state.spectrum.eigenvectors)
-    outside = flat(geometry.inverse_half(params))
+    half = _half(state, params)
+    rows = flat_rows(dho2.spectrum(state, params).eigenvectors)
+    outside = flat(params) / flat(half(jax.tree.map(jnp.ones_like, params)))
     outside -= rows.T @ (rows @ outside)
     scale = dho2.metrics(after)["base_scale"]
     assert scale > 1.5
-    expected = flat(geometry.half(unflatten(np.float32(-scale * rate * outside), params)))
+    expected = flat(half(unflatten(np.float32(-scale * rate * outside), params)))
     np.testing.assert_allclose(difference, expected, atol=1e-3 * np.abs(expected).max())
     assert np.linalg.norm(difference + rate * flat(params)) > 0.1 * rate * np.linalg.norm(flat(params))
 
@@ -227,7 +230,7 @@ def test_clipping_in_front_shortens_the_newton_step_and_behind_the_whole():
     clip = optax.clip_by_global_norm(0.25)
     front = _update(optax.chain(clip, tx), gradient, (optax.EmptyState(), state), params)
     behind = _update(optax.chain(tx, clip), gradient, (state, optax.EmptyState()), params)
-    rows = flat_rows(found.eigenvectors)
+    rows = flat_rows(dho2.spectrum(state, params).eigenvectors)
     assert np.linalg.norm(rows @ whole) > 1e-3
     np.testing.assert_allclose(rows @ front, 0.25 / norm * (rows @ whole), rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(behind, whole * min(1, 0.25 / np.linalg.norm(whole)), rtol=1e-4)
@@ -344,7 +347,7 @@ def test_with_frozen_statistics_a_bias_that_the_mean_cancels_looks_steep():
     assert np.linalg.norm(_derivative(_batch_norm_gradient(), params, bias)) < 1e-3
     assert np.linalg.norm(_derivative(_batch_norm_gradient(train=False), params, bias)) > 0.1
     # The metric of Adam makes the most of it.
-    half = metric.geometry(names["state"].factors, params).half(jax.tree.map(jnp.ones_like, params))["Dense_0"]
+    half = _half(names["state"], params)(jax.tree.map(jnp.ones_like, params))["Dense_0"]
     assert np.min(half["bias"]) > 10 * np.median(half["kernel"])
 
 
@@ -434,7 +437,7 @@ def test_a_refresh_has_the_masks_of_the_gradient():
     due = state._replace(count=jnp.int32(119), clock=jnp.int32(119))
     _, state, _ = names["step"](params, due, (names["x"], names["y"], key))
     assert dho2.metrics(state)["age"] == 1
-    half = metric.geometry(state.factors, params).half
+    half = _half(state, params)
     spectrum = dho2.spectrum(state)
     assert np.all(_defects(_dropout_gradient(key), params, spectrum, half) < _EXACT)
     assert np.max(_defects(_dropout_gradient(other), params, spectrum, half)) > _WRONG

@@ -407,6 +407,17 @@ def test_a_gradient_is_an_outlier_until_a_momentum_has_forgotten_it():
     assert _bounds(usual=0).after(jnp.float32(1e9)).trust()
 
 
+def test_the_base_is_not_scaled_while_gradients_grow():
+    """By a third an update, as where a scaled base outruns curvature that has turned out of the subspace."""
+    bounds = _bounds()
+    for _ in range(20):
+        bounds = bounds.after(jnp.float32(1))
+    assert bounds.calm()
+    growing = [bounds := bounds.after(jnp.float32(1.35**i)) for i in range(1, 7)]
+    assert [bool(x.calm()) for x in growing] == [True, False, False, False, False, False]
+    assert all(x.trust() for x in growing)
+
+
 @partial(jax.jit, static_argnames=("base", "subspace_tx"))
 def _bounded_step(gradient, bounds, subspace_state, base_state, alpha, spectrum, base, subspace_tx):
     return subspace.hybrid_step(
@@ -429,14 +440,21 @@ def test_the_update_on_an_outlier_is_the_bases_own():
     gradient = unflatten(_gradient(0), _LIKE)
     length = np.linalg.norm(_gradient(0))
     state = ema.init(jnp.zeros(4))._replace(ema=jnp.arange(4.0))
-    for usual, is_outlier in ((length / 5, True), (length / 3, False)):
+    for times, is_outlier in ((5, True), (3, False), (1.2, False)):
         step = _bounded_step(
-            gradient, _bounds(usual), state, base.init(_LIKE), 0.1, _spectrum(_rows()), base=base, subspace_tx=ema
+            gradient,
+            _bounds(length / times),
+            state,
+            base.init(_LIKE),
+            0.1,
+            _spectrum(_rows()),
+            base=base,
+            subspace_tx=ema,
         )
         own, own_state = base.update(gradient, base.init(_LIKE))
         same = np.allclose(flat(step.update), flat(own), rtol=1e-5)
         assert same == is_outlier
-        assert (float(step.sigma) == 1) == is_outlier
+        assert float(step.sigma) == (1 if times > 1.5 else 2)
         assert np.array_equal(step.subspace_state.ema, state.ema) == is_outlier
         assert np.allclose(flat(step.base_state), flat(own_state), rtol=1e-5) == is_outlier
 

@@ -160,6 +160,7 @@ class DenseOptimizer:
         self.published_rule = False  # of FOSI
         self.missed = 0.0
         self.scale = 1.0
+        self.usual = self.peak = 0.0  # length of gradients
 
     def magnitudes(self, least=0.0):
         sizes = np.abs(self.values)
@@ -192,6 +193,9 @@ class DenseOptimizer:
         return float(np.clip(min(sizes.max(), tolerable) / max(sizes.min(), self.missed), 1, limit))
 
     def update(self, gradient, alpha):
+        length = np.linalg.norm(gradient)
+        self.usual *= np.exp(0.1 * np.clip(np.log(length / self.usual), -1, 1)) if self.usual else 0.0
+        self.usual, self.peak = self.usual or length, max(length, 0.9 * self.peak)
         # Pairs along which the base goes further than the Newton step would are the base's.
         kept = np.abs(self.values) >= self.least
         coordinates = np.where(kept, self.rows @ gradient, 0)
@@ -205,7 +209,9 @@ class DenseOptimizer:
         if not self.published_rule:
             self.least = alpha * self.subspace_gain / (base_gain * self.numbers["learning_rate"])
         newton = self.rows.T @ (kept * self.momentum / self.magnitudes(self.least)) if self.values.size else 0
-        self.scale = min(sigma, self.scale * self.numbers["growth"])
+        # No gradient of the problems here is an outlier; some are longer than usual by half.
+        is_calm = self.published_rule or self.peak <= 1.5 * self.usual
+        self.scale = min(sigma, self.scale * self.numbers["growth"]) if is_calm else 1.0
         return self.scale * outside - alpha * newton
 
     def is_due(self, t):
@@ -346,7 +352,7 @@ def test_the_scale_waits_for_a_second_refresh_and_for_eigenvectors_that_stay():
     scales, missed = trace.metrics["base_scale"], trace.metrics["missed_curvature"]
     largest = np.max(np.abs([trace.metrics[f"eigenvalue_{i}"] for i in range(2)]), axis=0)
     np.testing.assert_allclose(missed[:4], largest[:4], rtol=1e-5)  # there was nothing before
-    np.testing.assert_allclose(scales[:4], 1)
+    np.testing.assert_allclose(scales[:4], 1, rtol=1e-6)
     assert scales[7] > 1.2
     assert missed[8] > 0.5 * largest[8]
     assert 1 <= scales[8] < scales[7]
@@ -389,7 +395,7 @@ def test_eigenvalues_can_be_taken_anew_with_another_operator():
     )
     for name in ("eigenvalue_0", "eigenvalue_1"):
         np.testing.assert_allclose(anew.metrics[name][0], 2 * plain.metrics[name][0], rtol=1e-4)
-    first, second = (np.linalg.norm(x.state.spectrum.eigenvectors["b"]) for x in (plain, anew))
+    first, second = (np.linalg.norm(dho2.spectrum(x.state, START).eigenvectors["b"]) for x in (plain, anew))
     np.testing.assert_allclose(first, second, rtol=1e-5)
     # Half the Newton step: the directions are the same, the eigenvalues twice as large.
     rows = flat_rows(plain.state.spectrum.eigenvectors)
@@ -662,7 +668,7 @@ def test_abstract_init():
     real = _fresh()[1]
     described = jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
     assert described == jax.tree.map(lambda x: (x.shape, x.dtype), real)
-    assert abstract.spectrum.eigenvectors["a"].shape == (4, 2, 3)
+    assert [x.shape for x in abstract.spectrum.eigenvectors] == [(4, 8)]
     assert abstract.base_state[0].trace["b"].shape == (2,)
 
 
@@ -978,7 +984,7 @@ def test_a_short_basis_finds_eigenvalues_to_its_precision():
     _, state = _one_update(_optimizer(basis_dtype=jnp.bfloat16, warmup_steps=1), batch=matrix)
     found = dho2.spectrum(state)
     values = np.linalg.eigvalsh(matrix)
-    assert found.eigenvectors["a"].dtype == jnp.bfloat16
+    assert [x.dtype for x in found.eigenvectors] == [jnp.bfloat16]
     np.testing.assert_allclose(found.eigenvalues, [values[-1], values[0]], rtol=3e-2)
 
 
@@ -987,7 +993,7 @@ def test_float64_throughout():
         problem = Problem(*(np.asarray(x, np.float64) for x in moving_quadratic()))
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), START)
         trace = jax.jit(lambda problem, params: _scan(_optimizer(), problem, params))(problem, params)
-        assert trace.state.spectrum.eigenvectors["a"].dtype == jnp.float64
+        assert [x.dtype for x in trace.state.spectrum.eigenvectors] == [jnp.float64]
         assert_follows(trace, DenseOptimizer().run(problem), tolerance=1e-11)
     assert jnp.ones(()).dtype == jnp.float32
 
@@ -1038,7 +1044,9 @@ def _abstract_update(options, **arguments):
         ({"curvature": 3.0}, "`curvature` must be callable, got 3.0"),
         ({"loss_fn": _loss, "curvature": dho2.hessian(_loss)}, "`loss_fn` or `curvature`, not both"),
     ],
-    ids=lambda x: str(x)[:40] if isinstance(x, dict) else "",
+    ids=lambda x: (
+        ", ".join(x) if isinstance(x, dict) else ""
+    ),  # names only: what a function shows is not the same twice
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
@@ -1222,7 +1230,9 @@ def test_metrics_and_spectrum_find_the_state_inside_others():
     assert all(jnp.shape(x) == () for x in found.values())
     spectrum = dho2.spectrum(state)
     assert isinstance(spectrum, dho2.Spectrum)
-    assert spectrum.eigenvectors["a"].shape == (2, 2, 3)
+    assert [x.shape for x in spectrum.eigenvectors] == [(2, 2, 3)]
+    shown = {"a": START["a"], "b": optax.MaskedNode()}
+    assert dho2.spectrum(state, shown).eigenvectors["a"].shape == (2, 2, 3)
     assert not spectrum.mask.any()
 
 
