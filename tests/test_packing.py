@@ -324,11 +324,11 @@ def _random(seed, num_devices=None):
     seed = np.uint32(seed)
     if num_devices is None:
         layout = Layout(_MIXED, None)
-        return jax.jit(lambda seed: layout.unpack(layout.random(seed)))(seed)
+        return jax.jit(lambda seed: layout.unpack(layout.noise(seed)))(seed)
 
     def program(seed, _):
         layout = Layout(_MIXED, AXIS)
-        buffers = layout.random(seed)
+        buffers = layout.noise(seed)
         return layout.unpack(layout.gather(buffers)), layout.unpack_segments(buffers)
 
     return on_devices(program, num_devices, "shard_map")(seed, np.zeros(num_devices))
@@ -340,7 +340,7 @@ def test_random_vectors_do_not_depend_on_the_number_of_devices(num_devices):
     whole, segment = _random(5, num_devices)
     for name, leaf in alone.items():
         for p in range(num_devices):
-            np.testing.assert_allclose(whole[name][p], leaf, rtol=1e-6)
+            np.testing.assert_array_equal(whole[name][p], leaf)
         assert not np.asarray(segment[name]).reshape(-1)[leaf.size :].any()
 
 
@@ -359,15 +359,17 @@ def test_random_vectors_differ_by_seed_and_between_leaves():
     assert first["scalar"] != second["scalar"]
 
 
-def test_random_vectors_are_uniform_unit_and_of_float32():
+def test_random_vectors_are_uniform_and_of_float32_and_unit_if_they_shall_be():
     vector = _random(5)
     assert {leaf.dtype for leaf in jax.tree.leaves(vector)} == {jnp.dtype("float32")}
     values = flat(vector)
-    assert np.linalg.norm(values) == pytest.approx(1, abs=1e-5)
-    values = values * np.sqrt(values.size / 3)  # uniform between -1 and 1
+    layout = Layout(_MIXED, None)
+    unit = flat(layout.unpack(jax.jit(layout.random)(np.uint32(5))))
+    assert np.linalg.norm(unit) == pytest.approx(1, abs=2e-5)
+    np.testing.assert_allclose(unit, values / np.linalg.norm(values), rtol=2e-5)
     assert abs(np.mean(values)) < 4 / np.sqrt(3 * values.size)
     assert np.mean(values**4) == pytest.approx(1 / 5, rel=0.1)
-    assert np.max(np.abs(values)) < 1.1
+    assert np.max(np.abs(values)) <= 1
     assert np.unique(values).size > 0.99 * values.size
     neighbours = np.corrcoef(values[:-1], values[1:])[0, 1]
     assert abs(neighbours) < 4 / np.sqrt(values.size)
