@@ -6,11 +6,11 @@ from typing import Any
 import dho2_optax as dho2
 
 _STORED = {"base_scale_limit": "limit", "base_scale_growth": "growth", "sharpness_limit": "sharpness"}
-_GROUPS = {"eigensolver": dho2.Eigensolver, "newton": dho2.Newton, "base_scale": dho2.BaseScale}
+_GROUPS = {"eigensolver": dho2.Eigensolver, "newton": dho2.Newton, "base_scale": dho2.BaseScale, "split": dho2.Split}
 
 
 def grouped(**options: Any) -> dict[str, Any]:
-    """Arguments of `dho2` or `mr_dho2`."""
+    """Arguments of a constructor that takes these objects."""
     options = {_STORED.get(name, name): value for name, value in options.items()}
     for argument, group in _GROUPS.items():
         names = {field.name for field in dataclasses.fields(group)} & options.keys()

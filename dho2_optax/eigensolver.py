@@ -184,9 +184,7 @@ _GO_ON, _AT_RANDOM, _AT_PENDING = 0, 1, 2
 class _Findings(NamedTuple):
     """What a search knows of the wanted pairs."""
 
-    pairs: RitzPairs
-    index: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # shape=(k,), dtype=int32
-    exists: jax.Array  # shape=(k,), dtype=bool
+    wanted: Wanted
     certain: jax.Array  # shape=(k,), dtype=bool: converged, and nothing is missing before them
     renew: jax.Array  # shape=(), dtype=int32: see `_Search`
 
@@ -217,10 +215,10 @@ def _findings(
     """
     process = search.process
     pairs = krylov.ritz(process, left=search.left)
-    index, exists = selected(pairs, rank, num_smallest, select)
-    values = jnp.where(exists, pairs.values[index], 0)
+    those = wanted(pairs, rank, num_smallest, select)
+    values = those.values
     largest = jnp.max(jnp.abs(values))
-    converged = exists & (pairs.residuals[index] <= tolerance * largest)
+    converged = usable(those, tolerance)
     # Eigenvalues that differ by less are equal.
     slack = (2 * tolerance + 16 * jnp.finfo(values.dtype).eps) * largest
     unsettled = (jnp.arange(pairs.values.size) < pairs.num_valid) & (pairs.residuals > tolerance * largest)
@@ -258,7 +256,7 @@ def _findings(
     stuck = ~sound & jnp.where(search.is_random, settled, last.num_valid >= _PENDING) & (search.owner >= 0)
     renew = jnp.where(sound & (found | ~search.is_random), _AT_RANDOM, jnp.where(stuck, _AT_PENDING, _GO_ON))
     renew = jnp.where(process.restart < process.count, renew, _GO_ON)
-    return _Findings(pairs, index, exists, converged & reached & none_hidden, renew)
+    return _Findings(those, converged & reached & none_hidden, renew)
 
 
 def _advance(
@@ -432,8 +430,7 @@ def lanczos(
     search = jax.lax.while_loop(
         unfinished, lambda search: _advance(search, segment_matvec, layout, findings, confine), search
     )
-    certain = findings(search).certain
-    found = wanted(krylov.ritz(search.process, left=search.left), rank, num_smallest, select)
-    spectrum = publish(search.process, found, certain)
+    found = findings(search)
+    spectrum = publish(search.process, found.wanted, found.certain)
     unpack = layout.unpack if axis_name is None else layout.unpack_segments
     return spectrum._replace(eigenvectors=jax.vmap(unpack)(spectrum.eigenvectors))

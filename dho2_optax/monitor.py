@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from dho2_optax.eigensolver import Spectrum, is_null
-from dho2_optax.packing import of_buffers
+from dho2_optax.packing import of_stack
 from dho2_optax.state import find_state
-from dho2_optax.vectors import as_arrays, row, unwrapped
+from dho2_optax.vectors import as_arrays, unwrapped
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:
@@ -107,7 +107,5 @@ def get_spectrum(state: Any, params: Any = None) -> Spectrum:
     spectrum = find_state(state).spectrum
     if params is None:
         return spectrum
-    params = as_arrays(unwrapped(params))
-    rows = spectrum.eigenvectors
-    layout = of_buffers(jax.eval_shape(lambda rows: row(rows, 0), rows), params)
-    return spectrum._replace(eigenvectors=jax.vmap(layout.unpack)(rows))
+    layout = of_stack(spectrum.eigenvectors, as_arrays(unwrapped(params)))
+    return spectrum._replace(eigenvectors=jax.vmap(layout.unpack)(spectrum.eigenvectors))

@@ -82,8 +82,7 @@ class Layout:
     def _widths(self, group: list[int]) -> list[int]:
         if self._num_rows is None:
             return [self._sizes[i] for i in group]
-        # An empty leaf has a column too: no device is without a segment.
-        return [max(-(-self._sizes[i] // self._num_rows), 1) for i in group]
+        return [segments.padded_size(self._sizes[i], self._num_rows) // self._num_rows for i in group]
 
     def __eq__(self, other: object) -> bool:
         """Whether vectors are laid out alike."""
@@ -242,6 +241,11 @@ def of_buffers(buffers: Packed, like: Vector) -> Layout:
     without_axis = Layout(like, None)
     shapes = [x.shape for x in jax.eval_shape(without_axis.pack, like)]
     return without_axis if [x.shape for x in buffers] == shapes else Layout(like, None, num_rows=buffers[0].shape[0])
+
+
+def of_stack(rows: Packed, like: Vector) -> Layout:
+    """:func:`of_buffers` of the vectors in a stack."""
+    return of_buffers(jax.eval_shape(lambda rows: vectors.row(rows, 0), rows), like)
 
 
 def _psum_scatter(x: jax.Array, axis_name: str) -> jax.Array:

@@ -22,14 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dho2_optax import arguments, counters, plan, segments, vectors
+from dho2_optax import arguments, counters, plan, segments
 from dho2_optax import curvature as curvature_lib
 from dho2_optax.curvature import BatchSize, LossFn, Operator
 from dho2_optax.eigensolver import Spectrum, zero_spectrum
 from dho2_optax.learning import check_objective
 from dho2_optax.metric import Factors, Geometry, Metric, OnSegments, geometry
 from dho2_optax.options import Eigensolver, Newton, check_options
-from dho2_optax.packing import Layout, Packed, of_buffers
+from dho2_optax.packing import Layout, Packed, of_stack
 from dho2_optax.parallel import batch_specs, over_axis, specs_of
 from dho2_optax.refresh import carrier, in_metric, install, is_sound, make_solver
 from dho2_optax.state import DHO2State, find_state, replace_state
@@ -466,7 +466,7 @@ class CurvatureGroup:
     def _optimizers_axis(self, ours: DHO2State, params: Any) -> str | None:
         """The axis over which the optimizer splits vectors, by any name on one device; None if it does not."""
         rows = ours.spectrum.eigenvectors
-        if _layout_of(rows, params) == Layout(params, None):
+        if of_stack(rows, params) == Layout(params, None):
             return None
         spec = getattr(rows[0].sharding, "spec", ())
         return spec[1] if len(spec) > 1 and isinstance(spec[1], str) else self._axis_name
@@ -606,7 +606,7 @@ class CurvatureGroup:
 
     def _relayout(self, found: Packed, target: Packed, params: Any) -> Packed:
         """Eigenvectors in the buffers of the group, in those of the optimizer."""
-        before, after = (_layout_of(rows, params) for rows in (found, target))
+        before, after = (of_stack(rows, params) for rows in (found, target))
         if before == after:
             return found
         if self._convert is None:
@@ -615,11 +615,6 @@ class CurvatureGroup:
                 out_shardings=NamedSharding(self._mesh, PartitionSpec()),
             )
         return self._convert(found)
-
-
-def _layout_of(rows: Packed, params: Any) -> Layout:
-    """The layout of a stack, seen from outside of ``shard_map``."""
-    return of_buffers(jax.eval_shape(lambda rows: vectors.row(rows, 0), rows), params)
 
 
 def _as_the_optimizer(

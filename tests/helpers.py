@@ -1,6 +1,5 @@
 """What several test modules share: named spectra, trees of vectors, and programs on several devices."""
 
-import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any, Literal
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from dho2_optax import BaseScale, Eigensolver, Newton, Split
 from dho2_optax.packing import Layout
 
 AXIS = "data"
@@ -120,18 +118,6 @@ def on_devices(function: Callable[..., Any], num_devices: int, how: How) -> Call
             check_vma=how == "shard_map",
         )
     )
-
-
-_GROUPS = {"eigensolver": Eigensolver, "newton": Newton, "base_scale": BaseScale, "split": Split}
-
-
-def grouped(**options: Any) -> dict[str, Any]:
-    """Arguments of a constructor, with the options of :mod:`dho2_optax.options` given by their own names."""
-    for argument, group in _GROUPS.items():
-        names = {field.name for field in dataclasses.fields(group)} & options.keys()
-        if names:
-            options[argument] = group(**{name: options.pop(name) for name in names})
-    return options
 
 
 def count_instructions(hlo: str, *opcodes: str) -> int:

@@ -7,8 +7,8 @@ import optax
 import pytest
 
 import dho2_optax as dho2
+from benchmarks.options import grouped
 from dho2_optax import arguments
-from tests.helpers import grouped
 
 
 def _loss(params, batch):

@@ -10,7 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
-from tests.helpers import AXIS, grouped
+from benchmarks.options import grouped
+from tests.helpers import AXIS
 
 _PARAMS = {"w": jnp.linspace(0.1, 0.9, 8).reshape(2, 4), "b": jnp.linspace(-0.5, 0.5, 4)}
 _BATCH = jnp.ones(4)

@@ -8,11 +8,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
+from benchmarks.options import grouped
 from dho2_optax import metric as metric_lib
 from dho2_optax import segments
 from dho2_optax.packing import Layout, of_buffers
 from tests import helpers
-from tests.helpers import AXIS, grouped
+from tests.helpers import AXIS
 
 _PARAMS = {"w": jnp.linspace(0.1, 0.9, 21).reshape(3, 7), "b": jnp.linspace(-0.5, 0.5, 5)}
 _SIZE = 26

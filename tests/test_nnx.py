@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import dho2_optax as dho2
-from tests.helpers import grouped
+from benchmarks.options import grouped
 
 _INPUTS = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
 

@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
+from benchmarks.options import grouped
 from dho2_optax import parallel
-from tests.helpers import AXIS, SPLITTING, flat, grouped, make_mesh, on_devices, symmetric
+from tests.helpers import AXIS, SPLITTING, flat, make_mesh, on_devices, symmetric
 from tests.test_transform import START, DenseOptimizer, Problem, as_vector, make_problem
 
 _NUM_DEVICES = 4

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
 from dho2_optax import metric
-from dho2_optax.packing import Layout, of_buffers
+from dho2_optax.packing import Layout, of_stack
 from dho2_optax.streaming import is_due
 from tests.helpers import AXIS, SPLITTING, flat, flat_rows, make_mesh, on_devices, python_blocks, unflatten
 
@@ -67,7 +67,7 @@ def _found(tx: Any, params: Any, batch: Any) -> Any:
 
 def _rows(stack: Any, params: Any) -> list[Any]:
     """Vectors like `params` from a packed stack of them, seen from outside of ``shard_map``."""
-    layout = of_buffers(jax.tree.map(lambda x: x[0], stack), params)
+    layout = of_stack(stack, params)
     return [layout.unpack(jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), stack)) for i in range(len(stack[0]))]
 
 

@@ -17,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
-from tests.helpers import flat, flat_rows, grouped, matrix_operator, symmetric
+from benchmarks.options import grouped
+from tests.helpers import flat, flat_rows, matrix_operator, symmetric
 from tests.multidevice import problems
 
 _LIKE = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float32)}

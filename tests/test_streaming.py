@@ -13,9 +13,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 import dho2_optax as dho2
+from benchmarks.options import grouped
 from dho2_optax import krylov, streaming
 from dho2_optax.state import find_state
-from tests.helpers import flat, flat_rows, grouped, matrix_operator, symmetric, unflatten
+from tests.helpers import flat, flat_rows, matrix_operator, symmetric, unflatten
 
 _N = 12
 _NUM_STEPS = 60

@@ -15,7 +15,8 @@ import optax
 import pytest
 
 import dho2_optax as dho2
-from tests.helpers import flat, flat_rows, grouped, symmetric, unflatten
+from benchmarks.options import grouped
+from tests.helpers import flat, flat_rows, symmetric, unflatten
 
 _N = 8
 _NUM_STEPS = 9

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
-from tests.helpers import grouped
+from benchmarks.options import grouped
 from tests.multidevice.problems import Problem
 
 OPTIONS = {"rank": 4, "refresh_interval": 8, "order": 12, "alpha": 0.2}
