@@ -123,22 +123,24 @@ def update(
     if value_fn is not None:
         extra["value_fn"] = value_fn
 
-    # The big buffers are refreshed before anything reads them: with donation nothing is copied.
     layout = Layout(params, settings.axis_name)
+    gradient = own_segment(updates, layout, settings.split)
+    length = vectors.norm(gradient, settings.axis_name)
+    bounds = None if state.bounds is None else state.bounds.after(length)
+    # The eigenvectors are refreshed before anything reads them: with donation nothing is copied. And no sum over the
+    # devices in a refresh is independent of those before it: devices that meet in different ones never go on.
     source = learning.source(
         settings.learning,
         params,
         layout,
         Inputs(batch, value_fn, hvp, full_params, allow_refresh),
+        trusted=~jnp.isnan(length) if bounds is None else bounds.trust(),
         factors=lambda base_state: factors_of(settings, base_state, params),
         geometry=lambda factors: metric_lib.geometry(factors, layout, settings.own_metric),
     )
-    state = settings.refresh.advance(state, source)
+    state = settings.refresh.advance(state, source)._replace(bounds=bounds)
 
-    if settings.split is not None and settings.split.average_gradients:
-        # Two sums over the devices must not be independent: devices that meet in different ones never go on.
-        updates = jax.tree.map(lambda g: jnp.where(state.refreshes >= 0, g, 0), updates)
-    stepped = step(settings, own_segment(updates, layout, settings.split), state, params, layout, extra)
+    stepped = step(settings, gradient, state, params, layout, extra)
     state = state._replace(
         count=optax.safe_increment(state.count),
         subspace_state=stepped.subspace_state,

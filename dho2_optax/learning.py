@@ -76,6 +76,7 @@ def source(
     layout: Layout,
     inputs: Inputs,
     *,
+    trusted: ArrayLike,
     factors: Callable[[Any], Factors | None],
     geometry: Callable[[Factors | None], Geometry],
 ) -> Source:
@@ -86,6 +87,7 @@ def source(
       params: the visible parameters.
       layout: of vectors like them.
       inputs: what was given to this update.
+      trusted: whether its batch is no outlier.
       factors: from the state of the base to the factors of the metric.
       geometry: from those to the metric.
     """
@@ -96,6 +98,7 @@ def source(
         rayleigh=None,
         product=None,
         allowed=inputs.allow_refresh,
+        trusted=trusted,
         factors=factors,
         geometry=geometry,
     )

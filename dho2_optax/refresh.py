@@ -29,6 +29,7 @@ class Source(NamedTuple):
     rayleigh: Callable[[Vector], Vector] | None  # products with other samples, for the eigenvalues
     product: Callable[[], Vector] | None  # the caller's own with the vector to be probed, in segment form
     allowed: ArrayLike  # shape=(), dtype=bool
+    trusted: ArrayLike  # shape=(), dtype=bool: the batch is no outlier; what comes of one that is, is rejected
     factors: Callable[[Any], Factors | None]  # from the state of the base, which a branch must take from its operand
     geometry: Callable[[Factors | None], Geometry]
 
@@ -228,7 +229,7 @@ def synchronous(solver: Solver, refresh_interval: ArrayLike, warmup_steps: Array
             damping=solver.damping,
             axis_name=solver.axis_name,
         )
-        state = keep_if(is_sound(process, spectrum), installed, state)
+        state = keep_if(is_sound(process, spectrum) & source.trusted, installed, state)
         return state._replace(matvecs=counters.add(state.matvecs, process.count))
 
     def advance(state: DHO2State, source: Source) -> DHO2State:

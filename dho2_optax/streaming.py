@@ -130,12 +130,12 @@ class _Streaming:
                 probing=probing._replace(skipped=counters.add(probing.skipped, 1), wait=probing.interval)
             )
         new = krylov.extend(old, product, source.layout)
-        finite = krylov.is_finite(new)
-        # A product that is not finite leaves the process where it was; it has written nothing to the basis.
-        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new._replace(basis=()), old._replace(basis=()))
+        sound = krylov.is_finite(new) & source.trusted
+        # Another product leaves the process where it was: in the basis it has written the next row, which means nothing.
+        kept = jax.tree.map(lambda n, o: jnp.where(sound, n, o), new._replace(basis=()), old._replace(basis=()))
         process = kept._replace(basis=new.basis)
         last = (process.count >= solver.order) | process.exhausted
-        look = finite & ((process.count % krylov.CHECK_EVERY == 0) | last)
+        look = sound & ((process.count % krylov.CHECK_EVERY == 0) | last)
         small = process._replace(basis=())
         found, enough = jax.lax.cond(look, lambda: solver.look(small), lambda: (probing.found, jnp.zeros((), bool)))
         complete = last | (enough & (process.count - process.restart > solver.num_pairs))
@@ -150,7 +150,7 @@ class _Streaming:
                 anchor=probe_params(probing, source.params) if self.anchored else None,
             ),
             matvecs=counters.add(state.matvecs, 1),
-            rejected=counters.add(state.rejected, ~finite),
+            rejected=counters.add(state.rejected, ~sound),
         )
 
     def publish(self, state: DHO2State, source: Source) -> DHO2State:

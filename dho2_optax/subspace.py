@@ -167,7 +167,8 @@ class Bounds(NamedTuple):
     r"""What bounds a hybrid by its base, so that no batch does more harm than to the base alone.
 
     A base such as Adam bounds its own step whatever the gradient, and the Newton step is linear in it. So a gradient of
-    more than four times the usual length is the base's: so is the update, until a momentum has forgotten it. Where a
+    more than four times the usual length is the base's: so is the update, until a momentum has forgotten it, and no
+    curvature is learnt from batches meanwhile. Where a
     scaled base outruns curvature that has turned out of the subspace, gradients grow from update to update. So they are
     taken for that, and the scale is 1, from one and a half times the usual length on.
 
@@ -246,15 +247,14 @@ def hybrid_step(
       scale: from the curvature that the base tolerates, infinite where that is not known, to the factor of its step.
       damping: damping of the eigenvalues.
       axis_name: the axis the segments are split over.
-      bounds: those of the last update; None: as published, without bounds.
+      bounds: with the length of this gradient, see :meth:`Bounds.after`; None: as published, without bounds.
       geometry: the metric that the eigenpairs belong to.
       momentum_of: reads the base's momentum, in segment form, from its state and the gradient that it was fed.
     """
     eigenvectors = spectrum.eigenvectors
-    coordinates, square = _dots_and_squares(eigenvectors, geometry.half(gradient), [gradient], axis_name)
+    coordinates = vectors.dots(eigenvectors, geometry.half(gradient), axis_name)
     kept = trusted = jnp.all(jnp.isfinite(coordinates))
     if bounds is not None:
-        bounds = bounds.after(jnp.sqrt(square[0]))
         trusted = trusted & bounds.trust()
         kept = trusted & (jnp.abs(spectrum.eigenvalues) >= bounds.least)
     coordinates = jnp.where(kept, coordinates, 0)

@@ -24,7 +24,13 @@ def _loss(params: Any, batch: Any) -> jax.Array:
 
 def _source(known: Learning, inputs: Inputs) -> Any:
     return learning.source(
-        known, _PARAMS, _LAYOUT, inputs, factors=lambda base_state: None, geometry=lambda factors: metric.EUCLIDEAN
+        known,
+        _PARAMS,
+        _LAYOUT,
+        inputs,
+        trusted=True,
+        factors=lambda base_state: None,
+        geometry=lambda factors: metric.EUCLIDEAN,
     )
 
 

@@ -457,7 +457,8 @@ def test_products_that_are_not_finite_are_rejected_and_the_process_goes_on(bad, 
 def test_products_that_are_never_finite_leave_everything_to_the_base():
     data = _still(), np.full(_NUM_STEPS, np.nan, np.float32), np.ones((_NUM_STEPS, _N), bool)
     trace, base = _run(data, _by_spoiled_hvp), _run(_still(), _by_nothing)
-    np.testing.assert_allclose(trace.params, base.params, rtol=1e-6)
+    # Two programs: the compiler may round them differently, by the size of the parameters and not of their differences.
+    np.testing.assert_allclose(trace.params, base.params, rtol=1e-6, atol=1e-6)
     assert trace.metrics["rejected_refreshes"][-1] == trace.metrics["matvecs"][-1] == _NUM_STEPS
     assert trace.metrics["refreshes"][-1] == 0
 
