@@ -131,7 +131,7 @@ class _Streaming:
             )
         new = krylov.extend(old, product, source.layout)
         sound = krylov.is_finite(new) & source.trusted
-        # Another product leaves the process where it was: in the basis it has written the next row, which means nothing.
+        # Another product leaves the process where it was; what it wrote to the next row of the basis means nothing.
         kept = jax.tree.map(lambda n, o: jnp.where(sound, n, o), new._replace(basis=()), old._replace(basis=()))
         process = kept._replace(basis=new.basis)
         last = (process.count >= solver.order) | process.exhausted
