@@ -299,6 +299,8 @@ class CurvatureGroup:
         self._wait_seconds = 0.0
         self._busy_seconds = 0.0
         self._log = _Log(timeout)
+        # Lowers what a thread will lower: the modules that this imports can't be imported while the program ends.
+        jax.jit(jnp.linalg.eigh).lower(jax.ShapeDtypeStruct((2, 2), jnp.float32))
         # A thread keeps its group alive, so there is nothing to wait for where the group is forgotten.
         weakref.finalize(self, self._log.report).atexit = False
         # What is registered last runs first: before the finalizers of `weakref`, with which JAX takes apart what a

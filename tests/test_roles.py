@@ -587,6 +587,7 @@ def test_the_end_waits_no_longer_than_the_timeout():
 _PROGRAM = """
 import jax, jax.numpy as jnp, optax, time
 import dho2_optax as dho2
+from dho2_optax.roles import _Flight
 
 def quick(params, vector, batch):
     return jnp.mean(batch) * params**2 * vector
@@ -608,6 +609,11 @@ def main(operator, timeout):
     group.advance(state, params, jnp.ones(1))
     time.sleep(0.1)
 
+def late():  # the thread begins to compile when the program is ending
+    run = _Flight._run
+    _Flight._run = lambda *args: (time.sleep(2.0), run(*args))
+    main(quick, 60.0)
+
 """
 
 
@@ -617,6 +623,7 @@ def main(operator, timeout):
         ("main(quick, 60.0)", "installed no spectrum.*stalls 0"),
         ("main(slow, 0.1)", "installed no spectrum.*stalls 1"),
         ("main(broken, 60.0)", "TypeError: no such argument"),
+        ("late()", "installed no spectrum.*stalls 0"),
     ],
 )
 def test_a_program_with_a_group_that_nobody_closes_ends_well(call, message):
