@@ -125,21 +125,17 @@ def update(
 
     layout = Layout(params, settings.axis_name)
     gradient = own_segment(updates, layout, settings.split)
-    length = vectors.norm(gradient, settings.axis_name)
-    bounds = None if state.bounds is None else state.bounds.after(length)
-    # The eigenvectors are refreshed before anything reads them: with donation nothing is copied. And no sum over the
-    # devices in a refresh is independent of those before it: devices that meet in different ones never go on.
+    # The big buffers are refreshed before anything reads them: with donation nothing is copied.
     source = learning.source(
         settings.learning,
         params,
         layout,
         Inputs(batch, value_fn, hvp, full_params, allow_refresh),
-        trusted=~jnp.isnan(length) if bounds is None else bounds.trust(),
+        trusted=functools.partial(is_trusted, settings, state.bounds, gradient),
         factors=lambda base_state: factors_of(settings, base_state, params),
         geometry=lambda factors: metric_lib.geometry(factors, layout, settings.own_metric),
     )
-    state = settings.refresh.advance(state, source)._replace(bounds=bounds)
-
+    state = settings.refresh.advance(state, source)
     stepped = step(settings, gradient, state, params, layout, extra)
     state = state._replace(
         count=optax.safe_increment(state.count),
@@ -149,6 +145,16 @@ def update(
         bounds=stepped.bounds,
     )
     return layout.unpack(layout.gather(stepped.update)), state
+
+
+def is_trusted(settings: Settings, bounds: Bounds | None, gradient: Packed) -> jax.Array:
+    """Whether the batch of a gradient is no outlier, so that curvature may be learnt from it.
+
+    Asked where a refresh is due, and answered before it begins: its sums over the devices wait for that of the
+    gradient, since devices that meet in different ones never go on.
+    """
+    length = vectors.norm(gradient, settings.axis_name)
+    return ~jnp.isnan(length) if bounds is None else bounds.after(length).trust()
 
 
 def step(

@@ -76,7 +76,7 @@ def source(
     layout: Layout,
     inputs: Inputs,
     *,
-    trusted: ArrayLike,
+    trusted: Callable[[], jax.Array],
     factors: Callable[[Any], Factors | None],
     geometry: Callable[[Factors | None], Geometry],
 ) -> Source:
@@ -87,7 +87,7 @@ def source(
       params: the visible parameters.
       layout: of vectors like them.
       inputs: what was given to this update.
-      trusted: whether its batch is no outlier.
+      trusted: says whether its batch is no outlier.
       factors: from the state of the base to the factors of the metric.
       geometry: from those to the metric.
     """

@@ -29,7 +29,7 @@ class Source(NamedTuple):
     rayleigh: Callable[[Vector], Vector] | None  # products with other samples, for the eigenvalues
     product: Callable[[], Vector] | None  # the caller's own with the vector to be probed, in segment form
     allowed: ArrayLike  # shape=(), dtype=bool
-    trusted: ArrayLike  # shape=(), dtype=bool: the batch is no outlier; what comes of one that is, is rejected
+    trusted: Callable[[], jax.Array]  # whether the batch is no outlier: from one that is, nothing is learnt
     factors: Callable[[Any], Factors | None]  # from the state of the base, which a branch must take from its operand
     geometry: Callable[[Factors | None], Geometry]
 
@@ -204,6 +204,11 @@ def keep_if(sound: jax.Array, new: DHO2State, old: DHO2State) -> DHO2State:
     )
 
 
+def reject(state: DHO2State) -> DHO2State:
+    """`state` with one more rejected refresh or probe."""
+    return state._replace(rejected=counters.add(state.rejected, 1))
+
+
 def synchronous(solver: Solver, refresh_interval: ArrayLike, warmup_steps: ArrayLike) -> Refresh:
     """A whole Lanczos process inside every `refresh_interval`-th update."""
 
@@ -229,13 +234,16 @@ def synchronous(solver: Solver, refresh_interval: ArrayLike, warmup_steps: Array
             damping=solver.damping,
             axis_name=solver.axis_name,
         )
-        state = keep_if(is_sound(process, spectrum) & source.trusted, installed, state)
+        state = keep_if(is_sound(process, spectrum), installed, state)
         return state._replace(matvecs=counters.add(state.matvecs, process.count))
+
+    def attempt(state: DHO2State, source: Source) -> DHO2State:
+        return jax.lax.cond(source.trusted(), lambda s: refresh(s, source), reject, state)
 
     def advance(state: DHO2State, source: Source) -> DHO2State:
         start = jnp.asarray(warmup_steps, jnp.int32) - 1
         due = counters.is_due(state.clock, start, refresh_interval) & source.allowed
-        state = jax.lax.cond(due, lambda s: refresh(s, source), lambda s: s, state)
+        state = jax.lax.cond(due, lambda s: attempt(s, source), lambda s: s, state)
         return state._replace(clock=counters.tick(state.clock, start, refresh_interval))
 
     return Refresh(init=lambda params, layout, factors: None, advance=advance)

@@ -25,7 +25,7 @@ from dho2_optax.krylov import LanczosState
 from dho2_optax.masking import Shown, fill, hide
 from dho2_optax.metric import Factors, Metric, geometry
 from dho2_optax.packing import Layout, of_buffers
-from dho2_optax.refresh import Refresh, Solver, Source, carrier, in_metric, install, is_sound, keep_if
+from dho2_optax.refresh import Refresh, Solver, Source, carrier, in_metric, install, is_sound, keep_if, reject
 from dho2_optax.state import DHO2State, find_state
 
 ArrayLike = jax.typing.ArrayLike
@@ -109,12 +109,20 @@ class _Streaming:
         due = is_due(state) & source.allowed
         begins = complete & ~pending & (state.probing.wait <= 1) & source.allowed
         # Three conditionals, not a switch: the compiler then copies no big buffer on its way through.
-        state = jax.lax.cond(due, lambda s: self.probe(s, source), lambda s: s, state)
+        state = jax.lax.cond(due, lambda s: self.attempt(s, source), lambda s: s, state)
         # The publication last, though it comes first in a cycle: the eigenvectors then depend on all that the other two
         # communicate, and no device can come to the sums of the update before another is done with those.
         state = jax.lax.cond(begins, lambda s: self.begin(s, source), lambda s: s, state)
         state = jax.lax.cond(pending & source.allowed, lambda s: self.publish(s, source), lambda s: s, state)
         return state._replace(probing=state.probing._replace(wait=jnp.maximum(state.probing.wait - 1, 0)))
+
+    def attempt(self, state: DHO2State, source: Source) -> DHO2State:
+        """A probe, if the batch is to be trusted."""
+
+        def wait(state: DHO2State) -> DHO2State:
+            return reject(state)._replace(probing=state.probing._replace(wait=state.probing.interval))
+
+        return jax.lax.cond(source.trusted(), lambda s: self.probe(s, source), wait, state)
 
     def probe(self, state: DHO2State, source: Source) -> DHO2State:
         """Takes one product in."""
@@ -130,12 +138,12 @@ class _Streaming:
                 probing=probing._replace(skipped=counters.add(probing.skipped, 1), wait=probing.interval)
             )
         new = krylov.extend(old, product, source.layout)
-        sound = krylov.is_finite(new) & source.trusted
-        # Another product leaves the process where it was; what it wrote to the next row of the basis means nothing.
-        kept = jax.tree.map(lambda n, o: jnp.where(sound, n, o), new._replace(basis=()), old._replace(basis=()))
+        finite = krylov.is_finite(new)
+        # A product that is not finite leaves the process where it was; it has written nothing to the basis.
+        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new._replace(basis=()), old._replace(basis=()))
         process = kept._replace(basis=new.basis)
         last = (process.count >= solver.order) | process.exhausted
-        look = sound & ((process.count % krylov.CHECK_EVERY == 0) | last)
+        look = finite & ((process.count % krylov.CHECK_EVERY == 0) | last)
         small = process._replace(basis=())
         found, enough = jax.lax.cond(look, lambda: solver.look(small), lambda: (probing.found, jnp.zeros((), bool)))
         complete = last | (enough & (process.count - process.restart > solver.num_pairs))
@@ -150,7 +158,7 @@ class _Streaming:
                 anchor=probe_params(probing, source.params) if self.anchored else None,
             ),
             matvecs=counters.add(state.matvecs, 1),
-            rejected=counters.add(state.rejected, ~sound),
+            rejected=counters.add(state.rejected, ~finite),
         )
 
     def publish(self, state: DHO2State, source: Source) -> DHO2State:

@@ -168,9 +168,9 @@ class Bounds(NamedTuple):
 
     A base such as Adam bounds its own step whatever the gradient, and the Newton step is linear in it. So a gradient of
     more than four times the usual length is the base's: so is the update, until a momentum has forgotten it, and no
-    curvature is learnt from batches meanwhile. Where a
-    scaled base outruns curvature that has turned out of the subspace, gradients grow from update to update. So they are
-    taken for that, and the scale is 1, from one and a half times the usual length on.
+    curvature is learnt from batches meanwhile. Where a scaled base outruns curvature that has turned out of the
+    subspace, gradients grow from update to update. So they are taken for that, and the scale is 1, from one and a half
+    times the usual length on.
 
     And whatever eigenvalue a batch has led to, the Newton step goes no further along its vector than the base would go
     by itself along a gradient that lasts: eigenvalues count as at least `least`, :math:`\alpha / \eta`, with
@@ -247,14 +247,15 @@ def hybrid_step(
       scale: from the curvature that the base tolerates, infinite where that is not known, to the factor of its step.
       damping: damping of the eigenvalues.
       axis_name: the axis the segments are split over.
-      bounds: with the length of this gradient, see :meth:`Bounds.after`; None: as published, without bounds.
+      bounds: those of the last update; None: as published, without bounds.
       geometry: the metric that the eigenpairs belong to.
       momentum_of: reads the base's momentum, in segment form, from its state and the gradient that it was fed.
     """
     eigenvectors = spectrum.eigenvectors
-    coordinates = vectors.dots(eigenvectors, geometry.half(gradient), axis_name)
+    coordinates, square = _dots_and_squares(eigenvectors, geometry.half(gradient), [gradient], axis_name)
     kept = trusted = jnp.all(jnp.isfinite(coordinates))
     if bounds is not None:
+        bounds = bounds.after(jnp.sqrt(square[0]))
         trusted = trusted & bounds.trust()
         kept = trusted & (jnp.abs(spectrum.eigenvalues) >= bounds.least)
     coordinates = jnp.where(kept, coordinates, 0)

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from dho2_optax import metric, subspace, vectors
+from dho2_optax import metric, subspace
 from dho2_optax.eigensolver import Spectrum
 from dho2_optax.subspace import Damping
 from tests.helpers import AXIS, flat, on_devices, unflatten
@@ -430,7 +430,7 @@ def _bounded_step(gradient, bounds, subspace_state, base_state, alpha, spectrum,
         scale=lambda tolerable: jnp.float32(2.0),
         damping=Damping(0.0, 0.0),
         axis_name=None,
-        bounds=bounds.after(vectors.norm(gradient)),
+        bounds=bounds,
         momentum_of=lambda state, fed: metric.momentum(state, fed) or metric.Momentum(fed, metric.PLAIN_LIMIT),
     )
 
