@@ -33,6 +33,7 @@ from dho2_optax.packing import Layout, Packed, of_stack
 from dho2_optax.parallel import batch_specs, over_axis, specs_of
 from dho2_optax.refresh import carrier, in_metric, install, is_sound, make_solver
 from dho2_optax.state import DHO2State, find_state, replace_state
+from dho2_optax.subspace import Bounds
 
 _POLL_SECONDS = 0.002
 _LEAVE_SECONDS = 1.0  # within which a thread notices that it is to leave
@@ -45,10 +46,16 @@ class _Flight:
     """A Lanczos process that has been launched, in a thread of its own."""
 
     def __init__(
-        self, launched_at: int, factors: _Factors, compile_program: Callable[[], Any], arguments: Sequence[Any]
+        self,
+        launched_at: int,
+        factors: _Factors,
+        bounds: Bounds | None,
+        compile_program: Callable[[], Any],
+        arguments: Sequence[Any],
     ) -> None:
         self.launched_at = launched_at  # updates before
         self.factors = factors
+        self._bounds = bounds  # after the update on this batch
         self.begin: float | None = None  # on the clock, once the program is compiled
         self.over: float | None = None
         self.found: _Found | None = None
@@ -83,6 +90,10 @@ class _Flight:
 
     def is_done(self) -> bool:
         return self._done.is_set()
+
+    def is_trusted(self) -> bool:
+        """Whether the batch was no outlier."""
+        return self._bounds is None or bool(self._bounds.trust())
 
     def seconds(self) -> float:
         """How long it has been running, or ran."""
@@ -334,9 +345,10 @@ class CurvatureGroup:
         """Numbers about the group so far, of the host: reading them waits for no device.
 
         Returns:
-          A dict: ``launches``, ``installed``; ``rejected`` (a number was not finite), ``failures`` (an error on a
-          device), ``stalls``; ``staleness`` (updates between the snapshot and the use of the last spectrum);
-          ``wait_seconds`` (that :meth:`advance` waited for processes) and ``busy_seconds`` (that processes ran).
+          A dict: ``launches``, ``installed``; ``rejected`` (a number was not finite, or the batch an outlier),
+          ``failures`` (an error on a device), ``stalls``; ``staleness`` (updates between the snapshot and the use of
+          the last spectrum); ``wait_seconds`` (that :meth:`advance` waited for processes) and ``busy_seconds`` (that
+          processes ran).
         """
         return {
             **{name: float(value) for name, value in self._log.events.items()},
@@ -413,7 +425,7 @@ class CurvatureGroup:
             log.failed(flight.error or RuntimeError("the Lanczos process ended without a result."))
             return state
         spectrum, finite, matvecs = flight.found
-        if not finite:
+        if not (finite and flight.is_trusted()):
             log.events["rejected"] += 1
             return state
         self._spectrum, self._factors = spectrum, flight.factors[1]
@@ -427,6 +439,7 @@ class CurvatureGroup:
         _unreported.add(self._log)
         try:
             factors = self._read_factors(state, params)
+            bounds = jax.tree.map(jnp.copy, find_state(state).bounds)  # the state may be donated
             params, batch = self._snapshot(params), self._place(batch)
             if self._spectrum is None:
                 self._spectrum, self._factors = self._empty(params), factors[1]
@@ -436,7 +449,7 @@ class CurvatureGroup:
             return
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch, factors[1]))
         arguments = (params, batch, self._spectrum, self._factors, factors[1], number)
-        self._log.flight = _Flight(count, factors, lambda: self._compile(*abstract), arguments)
+        self._log.flight = _Flight(count, factors, bounds, lambda: self._compile(*abstract), arguments)
         self._log.events["launches"] += 1
 
     def _read_factors(self, state: Any, params: Any) -> _Factors:

@@ -48,14 +48,14 @@ class _Quadratic:
         self.group = _group(curvature=curvature, devices=jax.devices()[-group_size:], **options)
         self._step = jax.jit(self._one_step, donate_argnums=(0, 1))
 
-    def _one_step(self, params, state):
-        grads = matrix_operator(_MATRIX, _LIKE)(params)
+    def _one_step(self, params, state, brightness):
+        grads = jax.tree.map(lambda g: brightness * g, matrix_operator(_MATRIX, _LIKE)(params))
         updates, state = self.tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    def step(self, factor=1.0):
-        """One update and one call of `advance`; the batch scales the operator of the group."""
-        self.params, self.state = self._step(self.params, self.state)
+    def step(self, factor=1.0, brightness=1.0):
+        """One update and one call of `advance`; scales the operator of the group, and the gradient, by a factor."""
+        self.params, self.state = self._step(self.params, self.state, brightness)
         batch = np.full(len(self.group.devices), factor, np.float32)
         self.state = self.group.advance(self.state, self.params, batch)
         return self.metrics
@@ -383,6 +383,16 @@ def test_numbers_that_are_not_finite_are_rejected(bad):
     assert np.isfinite(flat(run.params)).all()
     run.step_until("installed", seen["installed"] + 2)
     _assert_true_pairs(dho2.spectrum(run.state))
+
+
+def test_nothing_is_learnt_from_an_outlier():
+    run = _Quadratic(deterministic=True)
+    installed = run.step_until("installed", 1)["installed"]
+    run.step(brightness=1e3)
+    # What was launched on the batch before may still come; then nothing, until the momentum of a base has forgotten it.
+    seen = run.step_until("rejected", 3)
+    assert seen["installed"] <= installed + 1
+    run.step_until("installed", seen["installed"] + 1)
 
 
 def test_options_reach_the_solver():
