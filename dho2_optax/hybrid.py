@@ -154,7 +154,7 @@ def is_trusted(settings: Settings, bounds: Bounds | None, gradient: Packed) -> j
     gradient, since devices that meet in different ones never go on.
     """
     length = vectors.norm(gradient, settings.axis_name)
-    return ~jnp.isnan(length) if bounds is None else bounds.after(length).trust()
+    return jnp.isfinite(length) if bounds is None else bounds.is_usual(length)
 
 
 def step(

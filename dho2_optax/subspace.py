@@ -168,7 +168,7 @@ class Bounds(NamedTuple):
 
     A base such as Adam bounds its own step whatever the gradient, and the Newton step is linear in it. So a gradient of
     more than four times the usual length is the base's: so is the update, until a momentum has forgotten it, and no
-    curvature is learnt from batches meanwhile. Where a scaled base outruns curvature that has turned out of the
+    curvature is learnt from its batch. Where a scaled base outruns curvature that has turned out of the
     subspace, gradients grow from update to update. So they are taken for that, and the scale is 1, from one and a half
     times the usual length on.
 
@@ -197,6 +197,10 @@ class Bounds(NamedTuple):
         largest = jnp.sqrt(jnp.finfo(length.dtype).max)  # beyond it the square overflows
         peak = jnp.maximum(jnp.nan_to_num(length, nan=0.0, posinf=largest), BETA * self.peak)
         return self._replace(usual=jnp.where(known, moved, self.usual), peak=peak)
+
+    def is_usual(self, length: jax.Array) -> jax.Array:
+        """Whether one more gradient of this length, whatever those before it, would be of the usual length."""
+        return length <= _OUTLIER * self.after(length).usual
 
     def trust(self) -> jax.Array:
         """Whether the last gradient, and what a momentum remembers of those before it, are of the usual length."""

@@ -407,6 +407,14 @@ def test_a_gradient_is_an_outlier_until_a_momentum_has_forgotten_it():
     assert _bounds(usual=0).after(jnp.float32(1e9)).trust()
 
 
+def test_a_batch_is_an_outlier_by_its_own_gradient():
+    """Whatever the batches before it; what is not finite is no usual length, and the first gradient always is."""
+    bounds = _bounds(peak=1e9)
+    usual = [bool(bounds.is_usual(jnp.float32(x))) for x in (0.0, 1e-3, 4.0, 4.5, 1e9, np.inf, np.nan)]
+    assert usual == [True, True, True, False, False, False, False]
+    assert _bounds(usual=0).is_usual(jnp.float32(1e9))
+
+
 def test_the_base_is_not_scaled_while_gradients_grow():
     """By a third an update, as where a scaled base outruns curvature that has turned out of the subspace."""
     bounds = _bounds()
