@@ -24,8 +24,9 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     Returns:
       A dict of scalars.
 
-      * ``refreshes``, ``rejected_refreshes`` (and probes: those that were not finite), ``matvecs`` (all so far),
-        ``age`` (updates since the parameters that the eigenpairs belong to).
+      * ``refreshes``, ``rejected_refreshes`` (and probes: with a number that is not finite, or on a batch whose
+        gradient is more than four times as long as usual), ``matvecs`` (all so far), ``age`` (updates since the
+        parameters that the eigenpairs belong to).
       * ``active_pairs``, and why the others are left to the base: ``pairs_in_null_space`` have an eigenvalue that is
         zero to rounding, or stand for a pair that the space is too small to have; ``pairs_with_large_residual`` have
         not converged. Where no pair is active: raise `max_residual` or `order` if residuals are large; look at the loss

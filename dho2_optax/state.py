@@ -23,7 +23,7 @@ class DHO2State(NamedTuple):
     bounds: Any  # a `subspace.Bounds`; None for `fosi`
     missed: jax.Array  # shape=(): see `subspace.missed_curvature`, of the last change of eigenpairs
     refreshes: jax.Array  # shape=(), dtype=int32: spectra installed
-    rejected: jax.Array  # shape=(), dtype=int32: spectra and probes thrown away, see `keep_if`
+    rejected: jax.Array  # shape=(), dtype=int32: refreshes and probes that were not finite, or on an outlier
     matvecs: jax.Array  # shape=(), dtype=int32: curvature products made so far
     refreshed_at: jax.Array  # shape=(), dtype=int32: the `count` that the eigenpairs in use belong to
     probing: Any  # a `streaming.Probing` of `mr_dho2`, else None
