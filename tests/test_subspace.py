@@ -150,8 +150,9 @@ def test_a_gradient_that_is_not_finite_stays_out_of_the_subspace(bad):
     rows, spectrum = _rows(), _spectrum(_rows())
     gradient = _gradient(0)
     _, subspace_state, base_state = _step(unflatten(gradient, _LIKE), spectrum, *_start())
-    gradient[5] = bad
-    update, after, _ = _step(unflatten(gradient, _LIKE), spectrum, subspace_state, base_state)
+    spoiled = gradient.copy()  # not in place: the first step may still be reading it
+    spoiled[5] = bad
+    update, after, _ = _step(unflatten(spoiled, _LIKE), spectrum, subspace_state, base_state)
     np.testing.assert_array_equal(after.trace, subspace_state.trace)
     assert np.any(np.asarray(after.trace))
     # What is left is the base's own update, with the bad number where it was.
