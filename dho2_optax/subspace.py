@@ -168,9 +168,9 @@ class Bounds(NamedTuple):
 
     A base such as Adam bounds its own step whatever the gradient, and the Newton step is linear in it. So a gradient of
     more than four times the usual length is the base's: so is the update, until a momentum has forgotten it, and no
-    curvature is learnt from its batch. Where a scaled base outruns curvature that has turned out of the
-    subspace, gradients grow from update to update. So they are taken for that, and the scale is 1, from one and a half
-    times the usual length on.
+    curvature is learnt from its batch. Where a scaled base outruns curvature that has turned out of the subspace,
+    gradients grow from update to update. So they are taken for that, and the scale is 1, from one and a half times the
+    usual length on.
 
     And whatever eigenvalue a batch has led to, the Newton step goes no further along its vector than the base would go
     by itself along a gradient that lasts: eigenvalues count as at least `least`, :math:`\alpha / \eta`, with
