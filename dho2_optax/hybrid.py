@@ -87,7 +87,7 @@ def init(settings: Settings, params: Any) -> DHO2State:
         subspace_state=settings.subspace.init(pairs.eigenvalues),
         base_state=base_state,
         sigma=jnp.ones_like(pairs.eigenvalues, shape=()),
-        bounds=Bounds(*(number() for _ in Bounds._fields)) if settings.bounded else None,
+        bounds=Bounds(number(), number(), number(), number(), brake=number() + 1) if settings.bounded else None,
         missed=number(),
         refreshes=zero(),
         rejected=zero(),
@@ -154,7 +154,7 @@ def is_trusted(settings: Settings, bounds: Bounds | None, gradient: Packed) -> j
     gradient, since devices that meet in different ones never go on.
     """
     length = vectors.norm(gradient, settings.axis_name)
-    return jnp.isfinite(length) if bounds is None else bounds.is_usual(length)
+    return jnp.isfinite(length) if bounds is None else bounds.after(length).is_usual()
 
 
 def step(
@@ -203,7 +203,7 @@ def scale(settings: Settings, state: DHO2State, tolerable: jax.Array) -> jax.Arr
         jnp.where(jnp.isinf(sharpness), 0, state.missed),
         0.0 if state.bounds is None else state.bounds.least,
     )
-    return jnp.minimum(target, state.sigma * settings.base_scale.growth).astype(state.sigma.dtype)
+    return jnp.minimum(target, jnp.maximum(state.sigma, 1) * settings.base_scale.growth).astype(state.sigma.dtype)
 
 
 def factors_of(settings: Settings, base_state: Any, params: Any) -> Factors | None:

@@ -35,8 +35,9 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       * ``eigenvalue_max``, ``eigenvalue_min``: extremes of the active pairs. ``residual_max``: the largest of all.
       * ``eigenvalue_<i>``, ``residual_<i>`` of every pair. Pairs that are not active keep their Ritz value, which is an
         estimate too, and their residual says how good it is.
-      * ``base_scale``, and ``missed_curvature`` (the largest that the eigenpairs before these had left to the base when
-        these were found).
+      * ``base_scale``, by which the base steps further, and ``base_brake``, from 1/4 to 1, by which it steps less far
+        while gradients are longer than usual; ``missed_curvature`` (the largest that the eigenpairs before these had
+        left to the base when these were found).
       * For `mr_dho2` also ``skipped_probes`` (due, but ``update`` was given no product), ``probe_interval`` and
         ``cycle_probes`` (taken in the running cycle).
 
@@ -66,6 +67,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         "pairs_in_null_space": jnp.sum(left & null, axis=-1),
         "pairs_with_large_residual": jnp.sum(left & ~null, axis=-1),
         "base_scale": found.sigma,
+        "base_brake": jnp.ones_like(found.sigma) if found.bounds is None else found.bounds.brake,
         "missed_curvature": found.missed,
         "eigenvalue_max": jnp.nanmax(active, axis=-1),
         "eigenvalue_min": jnp.nanmin(active, axis=-1),

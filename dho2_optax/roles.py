@@ -93,7 +93,7 @@ class _Flight:
 
     def is_trusted(self) -> bool:
         """Whether the batch was no outlier."""
-        return self._bounds is None or bool(self._bounds.trust())
+        return self._bounds is None or bool(self._bounds.is_usual())
 
     def seconds(self) -> float:
         """How long it has been running, or ran."""

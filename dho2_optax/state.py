@@ -19,7 +19,7 @@ class DHO2State(NamedTuple):
     factors: Any  # of the metric that they belong to, a copy; None without a metric
     subspace_state: optax.OptState  # of the optimizer of the k coordinates
     base_state: optax.OptState  # of the base; on segments where the base runs on them
-    sigma: jax.Array  # shape=(): factor of the base's step at the last update
+    sigma: jax.Array  # shape=(): factor of the base's step at the last update, before the brake of `Bounds`
     bounds: Any  # a `subspace.Bounds`; None for `fosi`
     missed: jax.Array  # shape=(): see `subspace.missed_curvature`, of the last change of eigenpairs
     refreshes: jax.Array  # shape=(), dtype=int32: spectra installed

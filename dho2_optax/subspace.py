@@ -159,7 +159,6 @@ def rotate_state(
 
 
 _OUTLIER = 4.0  # how many times its usual length a gradient may have
-_RESTLESS = 1.5  # and with how many the base is no longer scaled
 _PACE = 0.1  # by how much the logarithm of the usual length follows
 
 
@@ -168,9 +167,12 @@ class Bounds(NamedTuple):
 
     A base such as Adam bounds its own step whatever the gradient, and the Newton step is linear in it. So a gradient of
     more than four times the usual length is the base's: so is the update, until a momentum has forgotten it, and no
-    curvature is learnt from its batch. Where a scaled base outruns curvature that has turned out of the subspace,
-    gradients grow from update to update. So they are taken for that, and the scale is 1, from one and a half times the
-    usual length on.
+    curvature is learnt from its batch. But a base that has been kept out of the steep directions may not be able to
+    face them, so its step is shortened to what it tolerates at the steepest eigenvalue.
+
+    Eigenpairs are as old as the last refresh, and of a part of the batch. Where curvature has turned out of the
+    subspace, or grown, the base is too fast for it, and gradients grow from update to update: nothing else tells it in
+    time. So the base's step is shorter by as much as gradients are longer than usual, see :meth:`after`.
 
     And whatever eigenvalue a batch has led to, the Newton step goes no further along its vector than the base would go
     by itself along a gradient that lasts: eigenvalues count as at least `least`, :math:`\alpha / \eta`, with
@@ -179,8 +181,10 @@ class Bounds(NamedTuple):
     """
 
     usual: jax.Array  # shape=(): length that gradients have of late, whatever single batches say; 0 before the first
+    last: jax.Array  # shape=(): length of the last gradient, a very large number if it was not finite
     peak: jax.Array  # shape=(): length of the longest gradient, less what the base's momentum has forgotten of it
     least: jax.Array  # shape=(): what every eigenvalue counted as at least in the last update
+    brake: jax.Array  # shape=(): by what factor, from 1/4 to 1, the last update of the base was shortened
 
     def after(self, length: jax.Array) -> "Bounds":
         r"""With one more gradient of this length.
@@ -188,6 +192,10 @@ class Bounds(NamedTuple):
         The logarithm of the usual length moves towards that of the new one by a tenth at most. So it is within a factor
         of three of what it was ten batches before, whatever they say, and from any start it is right after some ten
         updates for every factor of e. A length that is zero or not finite is no length.
+
+        The brake is the usual length over the peak: gradients turn around as they grow, so the last one alone may be
+        short. While an outlier is remembered, it is the length before the last over the last: a base that finds its way
+        back, by gradients that grow shorter, is not to be slowed down.
         """
         length = length.astype(self.usual.dtype)
         known = (length > 0) & jnp.isfinite(length)
@@ -195,20 +203,21 @@ class Bounds(NamedTuple):
         start = jnp.where(self.usual > 0, self.usual, now)
         moved = start * jnp.exp(_PACE * jnp.clip(jnp.log(now / start), -1, 1))
         largest = jnp.sqrt(jnp.finfo(length.dtype).max)  # beyond it the square overflows
-        peak = jnp.maximum(jnp.nan_to_num(length, nan=0.0, posinf=largest), BETA * self.peak)
-        return self._replace(usual=jnp.where(known, moved, self.usual), peak=peak)
+        last = jnp.nan_to_num(length, nan=largest, posinf=largest)
+        peak = jnp.maximum(jnp.where(jnp.isnan(length), 0, last), BETA * self.peak)
+        usual = jnp.where(known, moved, self.usual)
+        trusted = peak <= _OUTLIER * usual
+        short, long = jnp.where(trusted, usual, self.last), jnp.where(trusted, peak, last)
+        brake = jnp.where(long > short, jnp.maximum(short / jnp.where(long > 0, long, 1), 1 / _OUTLIER), 1)
+        return self._replace(usual=usual, last=last, peak=peak, brake=brake)
 
-    def is_usual(self, length: jax.Array) -> jax.Array:
-        """Whether one more gradient of this length, whatever those before it, would be of the usual length."""
-        return length <= _OUTLIER * self.after(length).usual
+    def is_usual(self) -> jax.Array:
+        """Whether the last gradient was of the usual length, whatever those before it were."""
+        return self.last <= _OUTLIER * self.usual
 
     def trust(self) -> jax.Array:
-        """Whether the last gradient, and what a momentum remembers of those before it, are of the usual length."""
+        """Whether it was, and what a momentum remembers of those before it."""
         return self.peak <= _OUTLIER * self.usual
-
-    def calm(self) -> jax.Array:
-        """Whether they are not even on their way to be longer, so that the base may be scaled."""
-        return self.peak <= _RESTLESS * self.usual
 
 
 class HybridStep(NamedTuple):
@@ -217,7 +226,7 @@ class HybridStep(NamedTuple):
     update: Vector  # in segment form where the axis is given
     subspace_state: Any
     base_state: Any
-    sigma: jax.Array  # shape=(): the factor of the base's step
+    sigma: jax.Array  # shape=(): the factor of the base's step, before the brake
     bounds: Bounds | None
 
 
@@ -276,20 +285,24 @@ def hybrid_step(
     inside, squares = _dots_and_squares(eigenvectors, flat_update, lengths, axis_name)
     inside = jnp.where(kept & jnp.isfinite(inside), inside, 0)
     tolerable = tolerable_curvature(squares[0], squares[1], momentum.limit)
-    sigma = scale(tolerable)
+    sigma = factor = scale(tolerable)
 
     least: ArrayLike = 0.0
     if bounds is not None:
-        sigma = jnp.where(trusted & bounds.calm(), sigma, 1)
         # How far the base would go by itself along a gradient that lasts, and how far the Newton step would.
         pace, newton_pace = momentum.limit * gain(momentum.limit) / tolerable, alpha * gain(limit_of(subspace_state))
         least = jnp.where(jnp.isfinite(tolerable), newton_pace / pace, bounds.least).astype(bounds.least.dtype)
-        bounds = bounds._replace(least=least)
+        used = jnp.any(spectrum.mask & (jnp.abs(spectrum.eigenvalues) >= least))  # else the update is the base's own
+        bounds = bounds._replace(least=least, brake=jnp.where(used, bounds.brake, 1))
+        # The update is the base's own then; but can the base face what it has been kept out of?
+        steepest = jnp.max(jnp.where(spectrum.mask, jnp.abs(spectrum.eigenvalues), 0), initial=0)
+        sigma = jnp.where(trusted, sigma, jnp.minimum(1, tolerable / steepest))
+        factor = sigma * bounds.brake
     newton = jnp.where(kept, jnp.asarray(newton), 0) * inverse_eigenvalues(spectrum, damping, least)
-    correction = geometry.half(vectors.combine(sigma * inside + alpha * newton, eigenvectors))
+    correction = geometry.half(vectors.combine(factor * inside + alpha * newton, eigenvectors))
 
     def assemble(d: jax.Array, v: jax.Array) -> jax.Array:
-        return (sigma.astype(v.dtype) * d.astype(v.dtype) - v).astype(d.dtype)
+        return (factor.astype(v.dtype) * d.astype(v.dtype) - v).astype(d.dtype)
 
     update = jax.tree.map(assemble, base_update, correction)
     return HybridStep(update, subspace_state, base_state, sigma, bounds)

@@ -62,8 +62,9 @@ def dho2(
     with the base scaled by :math:`\sigma = \text{clip}(|\lambda|_{\max}/\lambda_\text{left}, 1,
     \text{limit})`, where :math:`\lambda_\text{left}` is what is left of the curvature outside: the larger
     of :math:`|\lambda|_k` and of what a refresh finds that the eigenvectors before it have missed. So the base steps
-    further from the second refresh on. Until the first the update is `base`'s. While gradients are longer than usual by
-    half, :math:`\sigma` is 1.
+    further from the second refresh on. Until the first the update is `base`'s. While gradients are longer than usual,
+    the base's step is shorter by as much, down to a quarter: that is how a base shows that it is too fast for what has
+    turned out of the subspace.
 
     No batch does more harm than to `base` alone. A gradient of more than four times its usual length is `base`'s, and
     so is the update, until a momentum has forgotten it. Along an eigenvector the Newton step goes no further than

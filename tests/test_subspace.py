@@ -384,8 +384,8 @@ def test_with_damping_it_is_the_newton_step_that_is_carried_over(turned):
 # What bounds a hybrid by its base.
 
 
-def _bounds(usual=1.0, peak=0.0, least=0.0):
-    return subspace.Bounds(*map(jnp.float32, (usual, peak, least)))
+def _bounds(usual=1.0, last=1.0, peak=0.0, least=0.0, brake=1.0):
+    return subspace.Bounds(*map(jnp.float32, (usual, last, peak, least, brake)))
 
 
 def test_the_usual_length_follows_by_a_tenth_at_most():
@@ -411,20 +411,30 @@ def test_a_gradient_is_an_outlier_until_a_momentum_has_forgotten_it():
 def test_a_batch_is_an_outlier_by_its_own_gradient():
     """Whatever the batches before it; what is not finite is no usual length, and the first gradient always is."""
     bounds = _bounds(peak=1e9)
-    usual = [bool(bounds.is_usual(jnp.float32(x))) for x in (0.0, 1e-3, 4.0, 4.5, 1e9, np.inf, np.nan)]
+    usual = [bool(bounds.after(jnp.float32(x)).is_usual()) for x in (0.0, 1e-3, 4.0, 4.5, 1e9, np.inf, np.nan)]
     assert usual == [True, True, True, False, False, False, False]
-    assert _bounds(usual=0).is_usual(jnp.float32(1e9))
+    first = [bool(_bounds(usual=0).after(jnp.float32(x)).is_usual()) for x in (0.0, 1e9, np.inf, np.nan)]
+    assert first == [True, True, False, False]
 
 
-def test_the_base_is_not_scaled_while_gradients_grow():
-    """By a third an update, as where a scaled base outruns curvature that has turned out of the subspace."""
+def test_the_brake_is_by_how_much_gradients_are_longer_than_usual():
+    """By the longest that a momentum remembers."""
+    bounds, usual, peak = _bounds(), 1.0, 0.0
+    for length in (1.0, 1.5, 1.0, 2.5, 2.0):
+        bounds = bounds.after(jnp.float32(length))
+        usual, peak = usual * (length / usual) ** 0.1, max(length, 0.9 * peak)
+        np.testing.assert_allclose(bounds.brake, min(1, usual / peak), rtol=1e-5)
+
+
+def test_after_an_outlier_the_brake_is_by_how_much_gradients_grow():
+    """A base that finds its way back, while gradients are still far longer than they were, is not braked."""
     bounds = _bounds()
-    for _ in range(20):
-        bounds = bounds.after(jnp.float32(1))
-    assert bounds.calm()
-    growing = [bounds := bounds.after(jnp.float32(1.35**i)) for i in range(1, 7)]
-    assert [bool(x.calm()) for x in growing] == [True, False, False, False, False, False]
-    assert all(x.trust() for x in growing)
+    for length, brake in ((1e9, 0.25), (1e4, 1), (9e3, 1), (1.8e4, 0.5), (np.inf, 0.25), (np.nan, 1), (1.0, 1)):
+        bounds = bounds.after(jnp.float32(length))
+        assert not bounds.trust()
+        np.testing.assert_allclose(bounds.brake, brake, rtol=1e-5)
+    assert _bounds(usual=0, last=0).after(jnp.float32(jnp.nan)).brake == 1
+    assert _bounds(usual=0, last=0).after(jnp.float32(3)).brake == 1
 
 
 @partial(jax.jit, static_argnames=("base", "subspace_tx"))
@@ -452,7 +462,7 @@ def test_the_update_on_an_outlier_is_the_bases_own():
     for times, is_outlier in ((5, True), (3, False), (1.2, False)):
         step = _bounded_step(
             gradient,
-            _bounds(length / times),
+            _bounds(length / times, last=length / times),
             state,
             base.init(_LIKE),
             0.1,
@@ -461,11 +471,25 @@ def test_the_update_on_an_outlier_is_the_bases_own():
             subspace_tx=ema,
         )
         own, own_state = base.update(gradient, base.init(_LIKE))
-        same = np.allclose(flat(step.update), flat(own), rtol=1e-5)
+        brake = float(step.bounds.brake)
+        assert brake == (0.25 if is_outlier else pytest.approx(np.exp(0.1 * min(np.log(times), 1)) / times, rel=1e-4))
+        same = np.allclose(flat(step.update), brake * flat(own), rtol=1e-5)
         assert same == is_outlier
-        assert float(step.sigma) == (1 if times > 1.5 else 2)
+        assert float(step.sigma) == (1 if is_outlier else 2)
         assert np.array_equal(step.subspace_state.ema, state.ema) == is_outlier
         assert np.allclose(flat(step.base_state), flat(own_state), rtol=1e-5) == is_outlier
+
+
+def test_on_an_outlier_the_base_goes_no_further_than_is_stable_where_it_has_been_kept_out():
+    """SGD at a rate of 0.5 tolerates a curvature of 4, and there is one of 8."""
+    base, ema = optax.sgd(0.5), optax.ema(0.9, debias=False)
+    gradient = _gradient(0)
+    length = np.linalg.norm(gradient)
+    step = _bounded_step(
+        unflatten(gradient, _LIKE), _bounds(length / 1e3, last=length / 1e3), ema.init(jnp.zeros(4)),
+        base.init(_LIKE), 0.1, _spectrum(_rows()), base=base, subspace_tx=ema,
+    )  # fmt: skip
+    np.testing.assert_allclose(flat(step.update), -0.5 * (4 / 8) * 0.25 * gradient, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -492,6 +516,18 @@ def test_along_an_eigenvector_the_newton_step_goes_no_further_than_the_base(base
     expected = -alpha * (rows @ gradient) / np.maximum(np.abs(eigenvalues), least)
     np.testing.assert_allclose(rows @ flat(step.update), expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(step.bounds.least, least, rtol=1e-4)
+
+
+def test_where_no_pair_is_used_nothing_is_braked():
+    """The update is the base's own then."""
+    base, ema = optax.sgd(0.1), optax.ema(0.9, debias=False)
+    gradient = _gradient(4)
+    for alpha, braked in ((0.1, True), (1.0, False)):  # eigenvalues of up to 8 against 1 and 10
+        step = _bounded_step(
+            unflatten(gradient, _LIKE), _bounds(np.linalg.norm(gradient) / 2, least=10 * alpha), ema.init(jnp.zeros(4)),
+            base.init(_LIKE), alpha, _spectrum(_rows()), base=base, subspace_tx=ema,
+        )  # fmt: skip
+        np.testing.assert_allclose(step.bounds.brake, 2**-0.9 if braked else 1, rtol=1e-4)
 
 
 def test_pairs_along_which_the_base_goes_further_are_the_bases():
