@@ -205,11 +205,10 @@ class Bounds(NamedTuple):
         largest = jnp.sqrt(jnp.finfo(length.dtype).max)  # beyond it the square overflows
         last = jnp.nan_to_num(length, nan=largest, posinf=largest)
         peak = jnp.maximum(jnp.where(jnp.isnan(length), 0, last), BETA * self.peak)
-        usual = jnp.where(known, moved, self.usual)
-        trusted = peak <= _OUTLIER * usual
-        short, long = jnp.where(trusted, usual, self.last), jnp.where(trusted, peak, last)
+        new = self._replace(usual=jnp.where(known, moved, self.usual), last=last, peak=peak)
+        short, long = jnp.where(new.trust(), new.usual, self.last), jnp.where(new.trust(), peak, last)
         brake = jnp.where(long > short, jnp.maximum(short / jnp.where(long > 0, long, 1), 1 / _OUTLIER), 1)
-        return self._replace(usual=usual, last=last, peak=peak, brake=brake)
+        return new._replace(brake=brake)
 
     def is_usual(self) -> jax.Array:
         """Whether the last gradient was of the usual length, whatever those before it were."""
@@ -294,7 +293,7 @@ def hybrid_step(
         least = jnp.where(jnp.isfinite(tolerable), newton_pace / pace, bounds.least).astype(bounds.least.dtype)
         used = jnp.any(spectrum.mask & (jnp.abs(spectrum.eigenvalues) >= least))  # else the update is the base's own
         bounds = bounds._replace(least=least, brake=jnp.where(used, bounds.brake, 1))
-        # The update is the base's own then; but can the base face what it has been kept out of?
+        # On an outlier it is, too; but can the base face what it has been kept out of?
         steepest = jnp.max(jnp.where(spectrum.mask, jnp.abs(spectrum.eigenvalues), 0), initial=0)
         sigma = jnp.where(trusted, sigma, jnp.minimum(1, tolerable / steepest))
         factor = sigma * bounds.brake

@@ -389,7 +389,7 @@ def test_nothing_is_learnt_from_an_outlier():
     run = _Quadratic(deterministic=True)
     installed = run.step_until("installed", 1)["installed"]
     run.step(brightness=1e3)
-    # What was launched on the batch before may still come; then nothing, until the momentum of a base has forgotten it.
+    # What was launched on the batch before may still come; then nothing, until gradients are of the usual length again.
     seen = run.step_until("rejected", 3)
     assert seen["installed"] <= installed + 1
     run.step_until("installed", seen["installed"] + 1)
