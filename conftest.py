@@ -1,10 +1,20 @@
-"""Eight virtual CPU devices for every test."""
+"""Eight virtual CPU devices for every test, and one store of compiled programs for all."""
 
 import os
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 # Runs ahead of the CPU backend deadlock multi-device programs unless the pool is larger than the device count.
 os.environ.setdefault("PJRT_NPROC", "32")
+
+# Most of the time of the tests is compilation. What one test has compiled serves the others, the processes that they
+# start, the other worker, and the next run. By machine: a program for another processor may not run here.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".pytest_cache" / f"programs-{platform.node()}")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
