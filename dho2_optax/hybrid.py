@@ -203,7 +203,7 @@ def scale(settings: Settings, state: DHO2State, tolerable: jax.Array) -> jax.Arr
         jnp.where(jnp.isinf(sharpness), 0, state.missed),
         0.0 if state.bounds is None else state.bounds.least,
     )
-    return jnp.minimum(target, jnp.maximum(state.sigma, 1) * settings.base_scale.growth).astype(state.sigma.dtype)
+    return jnp.minimum(target, state.sigma * settings.base_scale.growth).astype(state.sigma.dtype)
 
 
 def factors_of(settings: Settings, base_state: Any, params: Any) -> Factors | None:

@@ -120,6 +120,23 @@ def tolerable_curvature(square_update: jax.Array, square_momentum: jax.Array, li
     return jnp.where(known, limit * jnp.sqrt(ratio), jnp.inf)
 
 
+def least_eigenvalue(
+    tolerable: jax.Array, limit: float, alpha: ArrayLike, newton_limit: float = PLAIN_LIMIT
+) -> jax.Array:
+    r"""The eigenvalue at which the Newton step goes as far as the base by itself, along a gradient that lasts.
+
+    :math:`\alpha / \eta`, where both have a momentum of one kind. Infinite where `tolerable` is.
+
+    Args:
+      tolerable: as :func:`tolerable_curvature` gives it.
+      limit: of the base's momentum.
+      alpha: step size in the subspace.
+      newton_limit: of the momentum of the coordinates.
+    """
+    learning_rate = limit / tolerable
+    return jnp.asarray(alpha * gain(newton_limit)) / (learning_rate * gain(limit))
+
+
 def rotate_state(
     state: Any,
     old: Spectrum,
@@ -184,7 +201,7 @@ class Bounds(NamedTuple):
     last: jax.Array  # shape=(): length of the last gradient, a very large number if it was not finite
     peak: jax.Array  # shape=(): length of the longest gradient, less what the base's momentum has forgotten of it
     least: jax.Array  # shape=(): what every eigenvalue counted as at least in the last update
-    brake: jax.Array  # shape=(): by what factor, from 1/4 to 1, the last update of the base was shortened
+    brake: jax.Array  # shape=(): by what factor of at most 1 the last update of the base was shortened
 
     def after(self, length: jax.Array) -> "Bounds":
         r"""With one more gradient of this length.
@@ -288,14 +305,14 @@ def hybrid_step(
 
     least: ArrayLike = 0.0
     if bounds is not None:
-        # How far the base would go by itself along a gradient that lasts, and how far the Newton step would.
-        pace, newton_pace = momentum.limit * gain(momentum.limit) / tolerable, alpha * gain(limit_of(subspace_state))
-        least = jnp.where(jnp.isfinite(tolerable), newton_pace / pace, bounds.least).astype(bounds.least.dtype)
+        least = least_eigenvalue(tolerable, momentum.limit, alpha, limit_of(subspace_state))
+        least = jnp.where(jnp.isfinite(tolerable), least, bounds.least).astype(bounds.least.dtype)
         used = jnp.any(spectrum.mask & (jnp.abs(spectrum.eigenvalues) >= least))  # else the update is the base's own
-        bounds = bounds._replace(least=least, brake=jnp.where(used, bounds.brake, 1))
         # On an outlier it is, too; but can the base face what it has been kept out of?
         steepest = jnp.max(jnp.where(spectrum.mask, jnp.abs(spectrum.eigenvalues), 0), initial=0)
-        sigma = jnp.where(trusted, sigma, jnp.minimum(1, tolerable / steepest))
+        faced = jnp.where(trusted, 1, jnp.minimum(1, tolerable / steepest))
+        bounds = bounds._replace(least=least, brake=faced * jnp.where(used, bounds.brake, 1))
+        sigma = jnp.where(trusted, sigma, 1)
         factor = sigma * bounds.brake
     newton = jnp.where(kept, jnp.asarray(newton), 0) * inverse_eigenvalues(spectrum, damping, least)
     correction = geometry.half(vectors.combine(factor * inside + alpha * newton, eigenvectors))

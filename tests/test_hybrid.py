@@ -56,12 +56,6 @@ def test_the_scale_is_the_ratio_within_its_limit_its_growth_and_what_the_base_to
         assert float(hybrid.scale(settings, _with_pairs(settings), tolerable)) == pytest.approx(expected)
 
 
-def test_a_scale_below_one_on_an_outlier_is_no_start_to_grow_from():
-    settings = _settings(base_scale=BaseScale(growth=1.25, sharpness=jnp.inf))
-    state = _with_pairs(settings)._replace(sigma=jnp.asarray(0.05))
-    assert float(hybrid.scale(settings, state, jnp.asarray(jnp.inf))) == pytest.approx(1.25)
-
-
 def test_a_step_is_newton_inside_and_the_base_outside():
     settings = _settings(optax.sgd(0.1), alpha=1.0, bounded=False)  # stable up to a curvature of 20
     gradient = jnp.asarray([16.0, 2.0, 3.0])

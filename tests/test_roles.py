@@ -395,6 +395,18 @@ def test_nothing_is_learnt_from_an_outlier():
     run.step_until("installed", seen["installed"] + 1)
 
 
+def test_a_batch_is_judged_by_its_own_gradient_whatever_came_before():
+    run = _Quadratic(deterministic=True)
+    before = run.step_until("installed", 1)
+    bounds = run.state.bounds
+    run.state = run.state._replace(bounds=bounds._replace(peak=1e20 * bounds.usual))
+    for _ in range(10):
+        run.step()
+    assert not run.state.bounds.trust()
+    assert run.metrics["installed"] > before["installed"]
+    assert run.metrics["rejected"] == before["rejected"]
+
+
 def test_options_reach_the_solver():
     few = _Quadratic(deterministic=True, order=3, max_residual=0.0)
     for _ in range(6):

@@ -490,6 +490,8 @@ def test_on_an_outlier_the_base_goes_no_further_than_is_stable_where_it_has_been
         base.init(_LIKE), 0.1, _spectrum(_rows()), base=base, subspace_tx=ema,
     )  # fmt: skip
     np.testing.assert_allclose(flat(step.update), -0.5 * (4 / 8) * 0.25 * gradient, rtol=1e-5)
+    assert step.sigma == 1, "what the scale grows from at the next update"
+    np.testing.assert_allclose(step.bounds.brake, (4 / 8) * 0.25, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
