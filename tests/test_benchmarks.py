@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 import time
 
 import jax
@@ -12,13 +13,15 @@ import optax
 import pytest
 
 import dho2_optax as dho2
-from benchmarks import accelerator, compile, machine, networks
+from benchmarks import accelerator, bounds, compile, hostile, machine, networks
 from benchmarks.target import methods, report, safeguards, tasks, training
 from benchmarks.target.equations import EQUATIONS, relative_error
 from benchmarks.target.interface import Method, Setting, Trainer
 from benchmarks.target.methods import METHODS, select
 from benchmarks.target.store import Store, best_rate
 from benchmarks.target.study import Study, tune
+from dho2_optax import subspace
+from dho2_optax.subspace import Bounds
 
 NUM_STEPS = 24
 BATCH_SIZE = 256
@@ -602,3 +605,52 @@ def test_an_accelerator_is_measured(tmp_path, monkeypatch):
     assert found["data"] == "200 random images"
     assert len(found["methods"]["adam"]["final_losses"]) == 3
     assert 0 < found["methods"]["adam"]["steps to Adam's loss"] <= 4
+
+
+_CHANGED = {
+    "as it is": (1 / 1.6, False, 2.0),
+    "no brake": (1.0, False, 2.0),
+    "brake from 1.25 times the usual length on": (1.25 / 1.6, False, 2.0),
+    "brake from 1.5 times on": (1.5 / 1.6, False, 2.0),
+    "outliers as other gradients": (1 / 1.6, True, 2.0),
+    "no least eigenvalue": (1 / 1.6, False, 0.0),
+    "none of the three": (1.0, True, 0.0),
+    "eigenvalues fall by half at most, in place of the three": (1.0, True, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", bounds.RULES)
+def test_a_rule_that_is_left_out_is_in_force_again_afterwards(name):
+    def observed():
+        numbers = map(jnp.float32, (1.0, 1.0, 1.6 / 0.9, 0.0, 1.0))  # the last gradient but some was twice as long
+        after = Bounds(*numbers).after(jnp.float32(1))
+        outlier = after._replace(last=jnp.float32(100), peak=jnp.float32(100))
+        assert bool(outlier.is_usual()) == bool(outlier.trust())
+        return float(after.brake), bool(outlier.trust()), float(subspace.least_eigenvalue(jnp.float32(1), 0.5, 1.0))
+
+    with bounds.rule(name):
+        assert observed() == pytest.approx(_CHANGED[name])
+    assert observed() == pytest.approx(_CHANGED["as it is"])
+
+
+@pytest.mark.slow
+def test_the_rules_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bounds, "HEALTHY", {"logistic": bounds.Healthy("logistic", "dho2_adam", 2000, 0.01, 40)})
+    monkeypatch.setattr(bounds, "HOSTILE", {"problems": ["least squares"], "bases": ["adam"], "hybrids": ["dho2"]})
+    rules = ["as it is", "eigenvalues fall by half at most, in place of the three"]
+    out = tmp_path / "bounds.json"
+    options = ["--healthy", "logistic", "--kinds", "dim 0.01", "--seeds", "2", "--steps", "60", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bounds", "--rules", *rules, *options])
+    bounds.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert list(rows) == rules
+    assert all(row["cells"] == len(hostile.TIMES) for row in rows.values())
+    assert rows[rules[0]]["beyond"] == 0
+    losses = [row["final_losses"]["logistic"] for row in rows.values()]
+    assert all(0 < loss < math.log(10) for pair in losses for loss in pair)
+    assert losses[0][0] != losses[0][1]
+    assert losses[0] != losses[1]
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["bounds", "--print", "--out", str(out)])
+    bounds.main()
+    assert printed.endswith(capsys.readouterr().out)
