@@ -82,7 +82,8 @@ class Updater:
         """Compiles ``tx.update`` for these arguments."""
 
         def update(grads: Any, state: Any, params: Any, batch: Any) -> tuple[Any, Any]:
-            return tx.update(grads, state, params, batch=batch)
+            updates, state = tx.update(grads, state, params, batch=batch)
+            return state, updates  # donated arrays serve the first results that look like them: the state itself
 
         self.state = jax.tree.map(jnp.copy, tx.init(params))
         self.arguments = (params, grads, batch)
@@ -91,7 +92,7 @@ class Updater:
     def __call__(self) -> Any:
         """One update."""
         params, grads, batch = self.arguments
-        updates, self.state = self.compiled(grads, self.state, params, batch)
+        self.state, updates = self.compiled(grads, self.state, params, batch)
         return updates
 
 
