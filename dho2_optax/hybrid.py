@@ -162,6 +162,11 @@ def step(
 ) -> HybridStep:
     """The hybrid step of a gradient, packed in segment form, with the eigenpairs of `state`."""
     alpha = settings.alpha
+    if state.factors is not None and not state.factors.metric(settings.own_metric).elementwise:
+        # It gathers the gradient, which must wait until the refresh is over: devices that meet in different collectives
+        # never go on.
+        over = (state.matvecs >= 0) & (state.refreshes >= 0)
+        gradient = jax.tree.map(lambda x: jnp.where(over, x, jnp.zeros_like(x)), gradient)
     return hybrid_step(
         gradient,
         state.spectrum,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from dho2_optax import plan
 from dho2_optax.packing import Layout
 
 AXIS = "data"
@@ -124,6 +125,35 @@ def count_instructions(hlo: str, *opcodes: str) -> int:
     """How many instructions of a compiled program have one of these opcodes."""
     names = "|".join(re.escape(opcode) for opcode in opcodes)
     return len(re.findall(rf"\s(?:{names})(?:-start)?\(", hlo))
+
+
+def collectives_beside_a_branch(hlo: str) -> list[tuple[str, str]]:
+    """Neighbouring instructions that communicate, one of them a branch or a loop, of which neither waits for the other.
+
+    A device may then be in the one while another is in the other, and they wait for each other for ever.
+    """
+    computations: dict[str, list[tuple[str, str, list[str], list[str]]]] = {}
+    for computation, name, _, opcode, rest in plan._instructions(hlo):
+        called = [callee for callee, _ in plan._calls(computation, opcode, rest)]
+        line = (name, opcode, re.findall(r"%([\w.\-]+)", rest), called)
+        computations.setdefault(computation, []).append(line)
+
+    def communicates(opcode: str, called: list[str]) -> bool:
+        inside = (communicates(line[1], line[3]) for callee in called for line in computations.get(callee, []))
+        return opcode.removesuffix("-start").removesuffix("-done") in plan._COLLECTIVES or any(inside)
+
+    found = []
+    for lines in computations.values():
+        earlier: dict[str, set[str]] = {}  # what each instruction waits for
+        last = None
+        for name, opcode, operands, called in lines:
+            known = [operand for operand in operands if operand in earlier]
+            earlier[name] = set(known).union(*(earlier[operand] for operand in known))
+            if communicates(opcode, called):
+                if last is not None and last[0] not in earlier[name] and {last[1], opcode} & {"conditional", "while"}:
+                    found.append((last[0], name))
+                last = name, opcode
+    return found
 
 
 def python_blocks(text: str) -> list[str]:

@@ -402,6 +402,25 @@ def test_segments_give_what_one_device_gives(name, num_devices, options):
     assert int(dho2.metrics(state)["active_pairs"]) == 3
 
 
+@pytest.mark.parametrize("name", _FACTORIES)
+@pytest.mark.parametrize("options", [{}, {"base_on_segments": False}, {"whole": True}], ids=str)
+def test_devices_meet_in_the_same_collective(name, options):
+    metric = _whole_leaf_adam() if "whole" in options else None
+    placed = {"mesh": helpers.make_mesh(2), "axis_name": AXIS, "base_on_segments": not options}
+    tx = _FACTORIES[name](optax.adam(0.01), metric=metric or "base", rank=3, order=8, **placed)
+    probing = dho2.value_grad_and_hvp(_loss, metric=metric)
+
+    def step(params, state):
+        if name == "dho2":
+            return tx.update(jax.grad(_loss)(params, _BATCH), state, params, batch=_BATCH)
+        _, grads, product = probing(params, state, _BATCH)
+        return tx.update(grads, state, params, hvp=product)
+
+    program = jax.jit(step).lower(_PARAMS, tx.init(_PARAMS)).compile().as_text()
+    assert helpers.count_instructions(program, "all-gather", "all-reduce") > 4
+    assert helpers.collectives_beside_a_branch(program) == []
+
+
 def test_a_metric_of_whole_leaves_needs_the_base_on_whole_leaves():
     tx = dho2.dho2(
         optax.adam(0.01), _loss, rank=2, metric=_whole_leaf_adam(), split=dho2.Split(AXIS, mesh=helpers.make_mesh(2))
