@@ -83,6 +83,7 @@ Patch = tuple[Any, str, Any]  # of an object, the attribute, and what it is for 
 _NO_OUTLIERS: list[Patch] = [(Bounds, "trust", _always), (Bounds, "is_usual", _always)]
 _NO_BRAKE: list[Patch] = [(Bounds, "after", _braked(math.inf))]
 _NO_LEAST: list[Patch] = [(subspace, "least_eigenvalue", _no_least)]
+_NONE = _NO_BRAKE + _NO_OUTLIERS + _NO_LEAST
 RULES: dict[str, list[Patch]] = {
     "as it is": [],
     "no brake": _NO_BRAKE,
@@ -90,13 +91,8 @@ RULES: dict[str, list[Patch]] = {
     "brake from 1.5 times on": [(Bounds, "after", _braked(1.5))],
     "outliers as other gradients": _NO_OUTLIERS,
     "no least eigenvalue": _NO_LEAST,
-    "none of the three": _NO_BRAKE + _NO_OUTLIERS + _NO_LEAST,
-    "eigenvalues fall by half at most, in place of the three": [
-        *_NO_BRAKE,
-        *_NO_OUTLIERS,
-        *_NO_LEAST,
-        (refresh, "install", _slowly_falling),
-    ],
+    "none of the three": _NONE,
+    "eigenvalues fall by half at most, in place of the three": [*_NONE, (refresh, "install", _slowly_falling)],
 }
 
 
@@ -128,7 +124,7 @@ def cells_beyond(kinds: list[str], num_steps: int) -> tuple[int, int]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Mean and worst final losses, and hostile cells, as Markdown."""
+    """Median and worst final losses, and hostile cells, as Markdown."""
     head = ["rule", *results["healthy"], "hostile cells beyond"]
     lines = [head, ["---"] * len(head)]
     for name, row in results["rows"].items():
@@ -150,11 +146,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=hostile.KINDS, default=list(hostile.KINDS), metavar="KIND")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400, help="of the hostile runs")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--print", action="store_true", help="measure nothing, print the table of the results")
-    arguments = parser.parse_args()
-    if arguments.print:
-        print(table(json.loads(arguments.out.read_text())))
+    arguments = machine.parse(parser, RESULTS, table)
+    if arguments is None:
         return
     results: dict[str, Any] = {
         **machine.describe(sys.argv),

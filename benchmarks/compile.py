@@ -180,11 +180,8 @@ def main() -> None:
     parser.add_argument("--leaves", type=int, nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--print", action="store_true", help="measure nothing, print the table of the results")
-    arguments = parser.parse_args()
-    if arguments.print:
-        print(table(json.loads(arguments.out.read_text())))
+    arguments = machine.parse(parser, RESULTS, table)
+    if arguments is None:
         return
     machine.keep_memory("benchmarks.compile")
     jax.config.update("jax_enable_compilation_cache", False)

@@ -1,11 +1,13 @@
-"""What a measurement was taken on."""
+"""What a measurement was taken on, and the command line of benchmarks that keep a table."""
 
+import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,19 @@ def describe(argv: Sequence[str]) -> dict[str, Any]:
         "commit": _commit() or "unknown",
         "command": " ".join(["python", "-m", _module(argv[0]), *map(_shown, argv[1:])]),
     }
+
+
+def parse(
+    parser: argparse.ArgumentParser, results: Path, table: Callable[[dict[str, Any]], str]
+) -> argparse.Namespace | None:
+    """The arguments, with ``--out`` for the file of the results; None where ``--print`` has printed their table."""
+    parser.add_argument("--out", type=Path, default=results)
+    parser.add_argument("--print", action="store_true", help="measure nothing, print the table of the results")
+    arguments = parser.parse_args()
+    if not arguments.print:
+        return arguments
+    print(table(json.loads(arguments.out.read_text())))
+    return None
 
 
 def _commit() -> str:

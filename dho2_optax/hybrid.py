@@ -161,12 +161,10 @@ def step(
     settings: Settings, gradient: Packed, state: DHO2State, params: Any, layout: Layout, extra: dict[str, Any]
 ) -> HybridStep:
     """The hybrid step of a gradient, packed in segment form, with the eigenpairs of `state`."""
-    alpha = settings.alpha
-    if state.factors is not None and not state.factors.metric(settings.own_metric).elementwise:
-        # It gathers the gradient, which must wait until the refresh is over: devices that meet in different collectives
-        # never go on.
-        over = (state.matvecs >= 0) & (state.refreshes >= 0)
-        gradient = jax.tree.map(lambda x: jnp.where(over, x, jnp.zeros_like(x)), gradient)
+    alpha, factors = settings.alpha, state.factors
+    if settings.axis_name and factors is not None and not factors.metric(settings.own_metric).elementwise:
+        # It gathers the gradient, once the refresh is over.
+        gradient = vectors.once((state.matvecs >= 0) & (state.refreshes >= 0), gradient)
     return hybrid_step(
         gradient,
         state.spectrum,
@@ -178,7 +176,7 @@ def step(
         damping=settings.damping,
         axis_name=settings.axis_name,
         bounds=state.bounds,
-        geometry=metric_lib.geometry(state.factors, layout, settings.own_metric),
+        geometry=metric_lib.geometry(factors, layout, settings.own_metric),
         momentum_of=lambda base_state, fed: momentum_of(settings, base_state, fed, params, layout),
     )
 

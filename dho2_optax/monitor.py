@@ -37,8 +37,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         estimate too, and their residual says how good it is.
       * ``base_scale``, by which the base steps further, and ``base_brake``, by which it steps less far while gradients
         are longer than usual (from 1/4 to 1; less on an outlier, where the base could not face what it was kept out
-        of); ``missed_curvature`` (the largest that the eigenpairs before these had
-        left to the base when these were found).
+        of); ``missed_curvature`` (the largest that the eigenpairs before these had left to the base when these were
+        found).
       * For `mr_dho2` also ``skipped_probes`` (due, but ``update`` was given no product), ``probe_interval`` and
         ``cycle_probes`` (taken in the running cycle).
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dho2_optax import counters, eigensolver, krylov
+from dho2_optax import counters, eigensolver, krylov, vectors
 from dho2_optax.eigensolver import Select, Spectrum, Wanted
 from dho2_optax.krylov import LanczosState
 from dho2_optax.metric import Factors, Geometry
@@ -162,8 +162,7 @@ def install(
       axis_name: the axis the segments are split over.
     """
     missed = missed_curvature(state.spectrum, new, axis_name).astype(state.missed.dtype)
-    # One sum over the devices must wait for the other: devices that meet in different ones never go on.
-    rotating = jax.tree.map(lambda x: jnp.where(missed >= 0, x, jnp.zeros_like(x)), state.subspace_state)
+    rotating = vectors.once(missed >= 0, state.subspace_state)  # one sum over the devices after the other
     least = 0.0 if state.bounds is None else state.bounds.least
     return state._replace(
         spectrum=new,

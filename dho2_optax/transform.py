@@ -68,9 +68,9 @@ def dho2(
 
     No batch does more harm than to `base` alone. A gradient of more than four times its usual length is `base`'s, and
     so is the update, until a momentum has forgotten it; it is shortened to what `base` tolerates at
-    :math:`|\lambda|_{\max}`. Along an eigenvector the Newton step goes no further than
-    `base` would by itself, whatever eigenvalue a batch has led to: with the learning rate :math:`\eta` of `base`, pairs
-    with an eigenvalue below :math:`\alpha / \eta` are `base`'s.
+    :math:`|\lambda|_{\max}`. Along an eigenvector the Newton step goes no further than `base` would by itself, whatever
+    eigenvalue a batch has led to: with the learning rate :math:`\eta` of `base`, pairs with an eigenvalue below
+    :math:`\alpha / \eta` are `base`'s.
 
     ``update`` takes, besides gradients, state and parameters:
 

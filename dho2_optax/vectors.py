@@ -152,6 +152,15 @@ def combine(coefficients: jax.Array, stack: Stack) -> Vector:
     return jax.tree.map(leaf, stack)
 
 
+def once(known: jax.Array, tree: Any) -> Any:
+    """`tree`, but not before `known` is: a condition that always holds, though the compiler cannot tell.
+
+    A collective of the result then waits for those that `known` comes from. Devices that meet in different ones never
+    go on, and a barrier does not help, since XLA on CPU drops it.
+    """
+    return jax.tree.map(lambda x: jnp.where(known, x, jnp.zeros_like(x)), tree)
+
+
 def subtract(x: Vector, y: Vector) -> Vector:
     """``x - y`` leaf by leaf, in the dtype of `x`."""
     return jax.tree.map(lambda a, b: a - b.astype(a.dtype), x, y)

@@ -622,7 +622,7 @@ _CHANGED = {
 @pytest.mark.parametrize("name", bounds.RULES)
 def test_a_rule_that_is_left_out_is_in_force_again_afterwards(name):
     def observed():
-        numbers = map(jnp.float32, (1.0, 1.0, 1.6 / 0.9, 0.0, 1.0))  # the last gradient but some was twice as long
+        numbers = map(jnp.float32, (1.0, 1.0, 1.6 / 0.9, 0.0, 1.0))  # one before was longer, and is remembered as 1.6
         after = Bounds(*numbers).after(jnp.float32(1))
         outlier = after._replace(last=jnp.float32(100), peak=jnp.float32(100))
         assert bool(outlier.is_usual()) == bool(outlier.trust())

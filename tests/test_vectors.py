@@ -236,3 +236,11 @@ def test_vary_marks_values_under_shard_map_and_changes_nothing_elsewhere():
     x = jnp.ones(2)
     assert vectors.vary(x, AXIS) is x
     assert vectors.vary(x, None) is x
+
+
+def test_what_waits_is_what_it_was():
+    vector = _vector(0)
+    waited = jax.jit(vectors.once)(jnp.asarray(0) >= 0, vector)
+    assert _dtypes(waited) == _dtypes(vector)
+    for name, leaf in vector.items():
+        np.testing.assert_array_equal(np.asarray(waited[name]), leaf)
