@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -33,7 +33,6 @@ _EXTRA = ("flax", "jinja2", "matplotlib", "rich")
 _DEFAULT_VIRTUAL_DEVICES = 8  # made, and planned for; trained are fewer where cores are
 _MAX_VIRTUAL_DEVICES = 64
 _MAX_INTEGER = 2**31 - 1  # steps are counted in 32 bits
-_DEFAULT_BATCH_SIZE = 256
 _DEFAULT_STEPS = 300
 _DEFAULT_MODELS = ("pinn", "autoencoder", "cnn")
 _EXIT_FAILED = 1
@@ -180,7 +179,7 @@ def _add_training_options(poc: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=_integer(1),
         metavar="N",
-        help=f"over all devices (default {_DEFAULT_BATCH_SIZE}, or less if the data are few)",
+        help="over all devices (default 1024 for pinn, all its points, and 256 for others, or less if data are few)",
     )
     length = how.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_integer(1), metavar="N", help=f"default {_DEFAULT_STEPS}")
@@ -276,10 +275,10 @@ def _poc(options: argparse.Namespace, command: str) -> int:
     for name in options.lr:
         if name not in optimizers:
             raise _UsageError(f"--lr {name}: that optimizer is not among --optimizers")
-    batch_size = _batch_size(options, tasks, trained)
+    batch_size = {task.name: _batch_size(options, task, trained) for task in tasks}
     steps = {task.name: options.steps or _DEFAULT_STEPS for task in tasks}
     if options.epochs:
-        steps = {task.name: options.epochs * (task.num_train // batch_size) for task in tasks}
+        steps = {task.name: options.epochs * (task.num_train // batch_size[task.name]) for task in tasks}
 
     from rich.console import Console
 
@@ -290,7 +289,7 @@ def _poc(options: argparse.Namespace, command: str) -> int:
         optimizers=optimizers,
         chosen=chosen,
         devices=trained,
-        compiled_devices=() if options.devices else _planned(trained[0], available, batch_size),
+        compiled_devices=() if options.devices else _planned(trained[0], available, batch_size.values()),
         batch_size=batch_size,
         num_steps=steps,
         target=options.target,
@@ -367,38 +366,37 @@ def _tasks(options: argparse.Namespace) -> list["Task"]:
     except data.DataError as error:
         raise _UsageError(str(error)) from error
     return [
-        tasks.pinn(options.batch_size or _DEFAULT_BATCH_SIZE)
+        tasks.pinn(*([options.batch_size] if options.batch_size else []))
         if dataset is None or name == models.PINN
         else tasks.from_dataset(name, dataset)
         for name in names
     ]
 
 
-def _batch_size(options: argparse.Namespace, tasks: Sequence["Task"], devices: Sequence[int]) -> int:
+def _batch_size(options: argparse.Namespace, task: "Task", devices: Sequence[int]) -> int:
     """Return a batch size that every device count divides."""
-    num_train, multiple = min(task.num_train for task in tasks), math.lcm(*devices)
     if options.batch_size is None:
-        size = min(_DEFAULT_BATCH_SIZE, num_train) // multiple * multiple
+        multiple, most = math.lcm(*devices), min(task.batch_size, task.num_train)
+        size = most // multiple * multiple
         if not size:
             raise _UsageError(
-                f"no batch of at most {min(_DEFAULT_BATCH_SIZE, num_train)} of the {num_train} "
-                f"training samples divides over {', '.join(map(str, devices))} devices: "
-                "give --batch-size"
+                f"no batch of at most {most} of the {task.num_train} training samples of {task.name} divides over "
+                f"{', '.join(map(str, devices))} devices: give --batch-size"
             )
         return size
     size = options.batch_size
-    if size > num_train:
-        raise _UsageError(f"--batch-size {size}: there are only {num_train} training samples")
+    if size > task.num_train:
+        raise _UsageError(f"--batch-size {size}: there are only {task.num_train} training samples")
     for count in devices:
         if size % count:
             raise _UsageError(f"--batch-size {size} does not divide over {count} devices")
     return size
 
 
-def _planned(trained: int, available: int, batch_size: int) -> tuple[int, ...]:
+def _planned(trained: int, available: int, batch_sizes: Iterable[int]) -> tuple[int, ...]:
     """Return another device count whose memory and communication are shown: all devices, or one if all are trained."""
     other = available if trained < available else 1
-    return (other,) if other != trained and batch_size % other == 0 else ()
+    return (other,) if other != trained and not any(size % other for size in batch_sizes) else ()
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ def _row(optimizer, losses, *, devices=8, seed=0, status="ok", refresh_steps=(),
 def _results(*rows, **settings):
     names = list(dict.fromkeys(row.optimizer for row in rows))
     given = {"optimizers": names, "devices": [8], "tune": False, "seeds": [0], "data": "digits"}
-    given |= {"batch_size": 8, "num_steps": {"mlp": 20}, "rank": 2, "refresh_interval": 5, "command": "x"}
+    given |= {"batch_size": {"mlp": 8}, "num_steps": {"mlp": 20}, "rank": 2, "refresh_interval": 5, "command": "x"}
     machine = {"virtual_devices": True, "device_kind": "cpu", "device_count": 8, "date": "today"}
     machine |= {"cpu": "a cpu", "cores": 2, "platform": "here", "versions": {"jax": "1"}}
     machine |= {"commit": None}
@@ -256,7 +256,7 @@ def _settings(**changes):
         "chosen": {"bowl": ("sgd",)},
         "devices": (1,),
         "compiled_devices": (),
-        "batch_size": 8,
+        "batch_size": {"bowl": 8},
         "num_steps": {"bowl": 10},
         "target": None,
         "learning_rates": {},
@@ -371,6 +371,7 @@ def test_the_best_hybrid_and_the_best_baseline_meet_in_the_verdict():
     rows = [_row(name, _decay(rate)) for name, rate in (("adam", 0.2), ("soap", 0.3), ("dho2", 0.25))]
     line, pairs = _verdict(*rows, _row("dho2-soap", _decay(0.5)))
     assert "dho2-soap against soap needs" in line
+    assert line.endswith("On their own bases: dho2 needs 0.85 of the time and 0.85 of the updates of adam.")
     assert [text.split(" needs")[0] for text in pairs] == ["mlp: dho2 against adam", "mlp: dho2-soap against soap"]
 
 

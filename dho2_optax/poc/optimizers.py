@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import optax
@@ -42,7 +42,6 @@ class Context:
     num_steps: int
     rank: int
     refresh_interval: int
-    curvature_batch_size: Literal["auto"] | None = "auto"  # None: the whole batch, where every step has the same one
     curvature_devices: tuple[Any, ...] = ()  # those that find curvature and do not train
 
 
@@ -163,7 +162,6 @@ def _dho2(base: str, learning_rate: Rate, context: Context) -> optax.GradientTra
         rank=context.rank,
         refresh_interval=context.refresh_interval,
         split=dho2_optax.Split(context.axis_name, mesh=context.mesh, base_on_segments=base not in _WHOLE_LEAVES),
-        batch_size=context.curvature_batch_size,
     )
 
 
@@ -182,7 +180,7 @@ def _mr_dho2(base: str, learning_rate: Rate, context: Context) -> optax.Gradient
 def _with_product(context: Context) -> Gradients:
     import dho2_optax
 
-    value_grad_and_hvp = dho2_optax.value_grad_and_hvp(context.loss_fn, batch_size=context.curvature_batch_size)
+    value_grad_and_hvp = dho2_optax.value_grad_and_hvp(context.loss_fn)
 
     def compute(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any, dict[str, Any]]:
         loss, grads, product = value_grad_and_hvp(params, state, batch)
@@ -210,7 +208,6 @@ def _curvature_group(context: Context) -> Any:
         devices=list(context.curvature_devices),
         rank=context.rank,
         interval=context.refresh_interval,
-        batch_size=context.curvature_batch_size,
     )
 
 

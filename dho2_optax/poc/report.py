@@ -188,7 +188,8 @@ def write_html(results: Results, folder: Path) -> Path:
         ],
         cell=_cell,
         said=_said(results),
-        steps=_steps(results),
+        sizes=_by_task(results.settings["batch_size"], "batch"),
+        steps=_by_task(results.settings["num_steps"], "steps"),
         pictures=pictures,
     )
     path = folder / "report.html"
@@ -243,7 +244,7 @@ def _said(results: Results) -> list[tuple[str, Sequence[str]]]:
         none = "Nothing that these runs show."
         sections.append(("Where it does not win", found["does_not_win"] or [none]))
     if pairs := against_bases(results):
-        sections.append(("Each hybrid and its base, at the loss that the base ends at", pairs))
+        sections.append(("Each hybrid and its base", pairs))
     if found["failures"]:
         sections.append(("Runs that did not finish", found["failures"]))
     if found["memory"]:
@@ -259,11 +260,10 @@ def _said(results: Results) -> list[tuple[str, Sequence[str]]]:
     return sections
 
 
-def _steps(results: Results) -> str:
-    """Say how many steps were made, by task where they differ."""
-    steps = results.settings["num_steps"]
-    same = len(set(steps.values())) == 1
-    return f"{max(steps.values())} steps" if same else ", ".join(f"{n} steps of {task}" for task, n in steps.items())
+def _by_task(counts: dict[str, int], what: str) -> str:
+    """Write one number for all tasks where they agree, and by task where they do not."""
+    same = len(set(counts.values())) == 1
+    return f"{what} {next(iter(counts.values())) if same else ', '.join(f'{n} ({task})' for task, n in counts.items())}"
 
 
 def _roles(results: Results) -> list[str]:

@@ -43,7 +43,7 @@ class Settings:
     chosen: Mapping[str, tuple[str, ...]]  # of these, by task
     devices: tuple[int, ...]  # trained
     compiled_devices: tuple[int, ...]  # only compiled, for memory and communication
-    batch_size: int
+    batch_size: Mapping[str, int]  # by task
     num_steps: Mapping[str, int]  # by task
     target: float | None
     learning_rates: Mapping[str, float]  # in place of the defaults
@@ -211,7 +211,7 @@ class _Session:
             optimizer=name,
             learning_rate=learning_rate,
             num_devices=devices,
-            batch_size=self._settings.batch_size,
+            batch_size=self._settings.batch_size[task.name],
             num_steps=self._settings.num_steps[task.name],
             rank=self._settings.rank,
             refresh_interval=self._settings.refresh_interval,

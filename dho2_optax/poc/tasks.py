@@ -43,6 +43,7 @@ class Task:
       accuracy: maps (parameters, batch) to the share of samples that are right, or None where
         there is no such thing.
       error: maps (parameters, batch) to the error relative to a known solution, or None where there is no such thing.
+      batch_size: what it is meant to be trained with, over all devices.
       target: the training loss that counts as done, or None: what the best first-order optimizer ends at.
       target_reason: why it does, a clause for the report.
 
@@ -68,6 +69,7 @@ class Task:
     test: Any
     accuracy: Callable[[Any, Any], jax.Array] | None = None
     error: Callable[[Any, Any], jax.Array] | None = None
+    batch_size: int = 256
     target: float | None = None
     target_reason: str = "given by the task"
 
@@ -132,19 +134,19 @@ def from_dataset(model_name: str, data: Dataset) -> Task:
     return Task(model_name, init, classification_loss, train, test, accuracy, **target)
 
 
-def pinn(num_points: int) -> Task:
+def pinn(num_points: int = 1024) -> Task:
     """Build the task of solving Burgers' equation with a network, which needs no data.
 
     The loss is the mean square of the equation's residual at some points, always the same ones, and of what is amiss at
     the boundary. The exact solution is known, so the test gives the network's error.
 
     Args:
-      num_points: in the rectangle, at random; the training samples.
+      num_points: in the rectangle, at random; the training samples, all of them in every batch.
 
     Example:
       >>> from dho2_optax.poc import tasks
-      >>> tasks.pinn(256).train["points"].shape
-      (256, 2)
+      >>> tasks.pinn().train["points"].shape
+      (1024, 2)
     """
     equation, model = equations.burgers(), models.TanhNetwork()
 
@@ -157,6 +159,7 @@ def pinn(num_points: int) -> Task:
         loss_fn=lambda params, batch: equation.loss(network(params), batch["points"]),
         train={"points": equation.points(num_points, seed=0)},
         test={"points": equation.points(_TEST_POINTS, seed=1)},
+        batch_size=num_points,
         error=lambda params, batch: equations.relative_error(network(params), equation.solution, batch["points"]),
     )
 

@@ -156,7 +156,6 @@ def compile_program(task: Task, spec: Spec, *, to_run: bool = True) -> Program:
         num_steps=spec.num_steps,
         rank=spec.rank,
         refresh_interval=spec.refresh_interval,
-        curvature_batch_size=None if spec.batch_size == task.num_train else "auto",
         curvature_devices=tuple(devices[num_train : num_train + num_curvature]),
     )
     compute = optimizer.gradients(context)

@@ -26,22 +26,30 @@ def verdicts(results: Results) -> list[str]:
     """Say in one line for each task which hybrid is ahead of the best first-order optimizer, and in what.
 
     The best are those that are first at the target in time; where none gets there, those that end lowest. They are
-    compared on the most devices that were trained, in updates, time and memory.
+    compared on the most devices that were trained, in updates, time and memory; the others with their own bases.
     """
     return [_verdict(results, task["name"]) for task in results.tasks]
 
 
 def against_bases(results: Results) -> list[str]:
-    """Compare each hybrid with the base that it is built on, at the loss that the base ends at."""
-    said = []
-    for task in (task["name"] for task in results.tasks):
-        runs = _runs(results, task)
-        for name in (name for name in runs if OPTIMIZERS[name].hybrid and OPTIMIZERS[name].base in runs):
-            base = OPTIMIZERS[name].base
-            loss = within(statistics.median(row.final_loss or 0.0 for row in runs[base]))
-            hybrid, rival = _standing(name, runs[name], loss), _standing(base, runs[base], loss)
-            said.append(f"{task}: {name} {_comparison(hybrid, rival, loss)}.")
-    return said
+    """Compare each hybrid with its base: at the target, or where that is of the runs, at what the base ends at."""
+    return [
+        f"{task['name']}: {hybrid.optimizer} {_comparison(hybrid, base, loss)}."
+        for task in results.tasks
+        for hybrid, base, loss in _pairs(results, task["name"])
+    ]
+
+
+def _pairs(results: Results, task: str) -> list[tuple[_Standing, _Standing, float]]:
+    """Each hybrid, its base, and the loss at which they are compared."""
+    runs, target = _runs(results, task), results.target(task)
+    pairs = []
+    for name in (name for name in runs if OPTIMIZERS[name].hybrid and OPTIMIZERS[name].base in runs):
+        base = OPTIMIZERS[name].base
+        loss = within(statistics.median(row.final_loss or 0.0 for row in runs[base]))
+        loss = target.loss if target is not None and target.fixed else loss
+        pairs.append((_standing(name, runs[name], loss), _standing(base, runs[base], loss), loss))
+    return pairs
 
 
 def _runs(results: Results, task: str) -> dict[str, list[Row]]:
@@ -81,7 +89,18 @@ def _verdict(results: Results, task: str) -> str:
         best = _best(hybrids)
         return f"{task}: there is no first-order optimizer to compare with; {best.optimizer} {_alone(best)}."
     hybrid, rival = _best(hybrids), _best(rivals)
-    return f"{task}: {_headline(hybrid, rival)}: {hybrid.optimizer} {_comparison(hybrid, rival, target.loss)}."
+    text = f"{task}: {_headline(hybrid, rival)}: {hybrid.optimizer} {_comparison(hybrid, rival, target.loss)}."
+    others = [
+        f"{ours.optimizer} needs {_share(ours.seconds, base.seconds)} of the time and "
+        f"{_share(ours.steps, base.steps)} of the updates of {base.optimizer}"
+        for ours, base, _ in _pairs(results, task)
+        if ours.steps and base.steps and {ours.optimizer, base.optimizer} != {hybrid.optimizer, rival.optimizer}
+    ]
+    return f"{text} On their own bases: {', '.join(others)}." if others else text
+
+
+def _share(ours: float | None, theirs: float | None) -> str:
+    return f"{(ours or 0.0) / (theirs or 1.0):.2f}"
 
 
 def _best(standings: Sequence[_Standing]) -> _Standing:
