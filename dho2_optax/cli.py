@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -22,7 +22,7 @@ import jax
 
 from dho2_optax._version import __version__
 from dho2_optax.poc import system
-from dho2_optax.poc.optimizers import DEFAULT_OPTIMIZERS, OPTIMIZERS
+from dho2_optax.poc.optimizers import OPTIMIZERS, default_optimizers
 
 if TYPE_CHECKING:
     from dho2_optax.poc.tasks import Task
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _EXTRA = ("flax", "jinja2", "matplotlib", "rich")
-_DEFAULT_VIRTUAL_DEVICES = 8
+_DEFAULT_VIRTUAL_DEVICES = 8  # made, and planned for; trained are fewer where cores are
 _MAX_VIRTUAL_DEVICES = 64
 _MAX_INTEGER = 2**31 - 1  # steps are counted in 32 bits
-_DEFAULT_BATCH_SIZE = 256
-_DEFAULT_STEPS = 200
+_DEFAULT_STEPS = 300
+_DEFAULT_MODELS = ("pinn", "autoencoder", "cnn")
 _EXIT_FAILED = 1
 _EXIT_USAGE = 2
 _EXIT_INTERRUPTED = 130
@@ -120,9 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     poc = commands.add_parser(
         "poc",
-        help="train real models with every optimizer and report what each costs",
-        description="Train models on real data with every optimizer, and report steps, seconds, "
-        "memory and communication. The defaults take less than two minutes on two cores.",
+        help="train real models with every optimizer and say where a hybrid wins",
+        description="Train models with first-order optimizers and hybrids on them, and report updates, seconds, "
+        "memory and communication, with a verdict for each model. The defaults take about two minutes on two cores.",
         epilog=_EXIT_CODES,
         allow_abbrev=False,
     )
@@ -136,7 +136,8 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         type=_names,
         metavar="NAMES",
-        help="comma-separated: mlp, cnn, resnet, autoencoder (default mlp,cnn)",
+        help="comma-separated: pinn, mlp, cnn, resnet, autoencoder (default pinn,autoencoder,cnn); "
+        "pinn solves a differential equation and needs no data",
     )
     what.add_argument(
         "--task",
@@ -149,7 +150,8 @@ def _parser() -> argparse.ArgumentParser:
         "--target",
         type=_finite,
         metavar="LOSS",
-        help="training loss that counts as done (default: what the best first-order optimizer ends at)",
+        help="training loss that counts as done (default: the task's own, or what the best first-order optimizer "
+        "ends at)",
     )
     report.add_argument("--out", type=Path, default=Path("poc-report"), metavar="DIR", help="default poc-report")
     report.add_argument("--overwrite", action="store_true", help="replace the report that --out holds")
@@ -163,20 +165,21 @@ def _add_training_options(poc: argparse.ArgumentParser) -> None:
         "--optimizers",
         type=_names,
         metavar="NAMES",
-        help=f"comma-separated: {', '.join(OPTIMIZERS)} (default {','.join(DEFAULT_OPTIMIZERS)})",
+        help=f"comma-separated: {', '.join(OPTIMIZERS)} (default {','.join(default_optimizers('pinn'))} for pinn, "
+        f"{','.join(default_optimizers('default'))} for others)",
     )
     how.add_argument(
         "--devices",
         type=_integers(1),
         metavar="COUNTS",
-        help="comma-separated; every count is trained (default: all accelerators, or "
-        f"{_DEFAULT_VIRTUAL_DEVICES} virtual devices; fewer are compiled for their memory)",
+        help="comma-separated; every count is trained (default: all accelerators, or virtual devices, one for each "
+        f"core; {_DEFAULT_VIRTUAL_DEVICES} are compiled for their memory)",
     )
     how.add_argument(
         "--batch-size",
         type=_integer(1),
         metavar="N",
-        help=f"over all devices (default {_DEFAULT_BATCH_SIZE}, or less if the data are few)",
+        help="over all devices (default 1024 for pinn, all its points, and 256 for others, or less if data are few)",
     )
     length = how.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_integer(1), metavar="N", help=f"default {_DEFAULT_STEPS}")
@@ -261,16 +264,21 @@ def _poc(options: argparse.Namespace, command: str) -> int:
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise _UsageError(f'{missing[0]} is missing: pip install "dho2_optax[poc]"')
-    optimizers = _optimizers(options)
+    _check_optimizers(options)
     available = _start_devices(max(options.devices or (_DEFAULT_VIRTUAL_DEVICES,)))
-    trained = options.devices or (min(available, _default_devices()),)
+    trained = options.devices or (_default_devices(available),)
     if max(trained) > available:
         raise _UsageError(f"--devices {max(trained)}: there are only {available} devices")
     tasks = _tasks(options)
-    batch_size = _batch_size(options, tasks, trained)
-    steps = options.steps or _DEFAULT_STEPS
+    chosen = {task.name: options.optimizers or default_optimizers(task.name) for task in tasks}
+    optimizers = options.optimizers or tuple(name for name in OPTIMIZERS if any(name in c for c in chosen.values()))
+    for name in options.lr:
+        if name not in optimizers:
+            raise _UsageError(f"--lr {name}: that optimizer is not among --optimizers")
+    batch_size = {task.name: _batch_size(options, task, trained) for task in tasks}
+    steps = {task.name: options.steps or _DEFAULT_STEPS for task in tasks}
     if options.epochs:
-        steps = options.epochs * (min(task.num_train for task in tasks) // batch_size)
+        steps = {task.name: options.epochs * (task.num_train // batch_size[task.name]) for task in tasks}
 
     from rich.console import Console
 
@@ -279,8 +287,9 @@ def _poc(options: argparse.Namespace, command: str) -> int:
     settings = runner.Settings(
         data=next(name for name in (options.task, options.data, "digits") if name is not None),
         optimizers=optimizers,
+        chosen=chosen,
         devices=trained,
-        compiled_devices=() if options.devices else _fewer(trained[0], batch_size),
+        compiled_devices=() if options.devices else _planned(trained[0], available, batch_size.values()),
         batch_size=batch_size,
         num_steps=steps,
         target=options.target,
@@ -304,15 +313,10 @@ def _poc(options: argparse.Namespace, command: str) -> int:
     return _EXIT_FAILED if failed else 0
 
 
-def _optimizers(options: argparse.Namespace) -> tuple[str, ...]:
-    chosen = options.optimizers or DEFAULT_OPTIMIZERS
-    for name in (*chosen, *options.lr):
+def _check_optimizers(options: argparse.Namespace) -> None:
+    for name in (*(options.optimizers or ()), *options.lr):
         if name not in OPTIMIZERS:
             raise _UsageError(f"unknown optimizer {name!r}: choose from {', '.join(OPTIMIZERS)}")
-    for name in options.lr:
-        if name not in chosen:
-            raise _UsageError(f"--lr {name}: that optimizer is not among --optimizers")
-    return chosen
 
 
 def _start_devices(wanted: int) -> int:
@@ -332,8 +336,12 @@ def _start_devices(wanted: int) -> int:
         raise _UsageError(f"no device can be used: {error}") from error
 
 
-def _default_devices() -> int:
-    return _DEFAULT_VIRTUAL_DEVICES if jax.default_backend() == "cpu" else jax.device_count()
+def _default_devices(available: int) -> int:
+    """All accelerators; or virtual devices, as many as there are cores, so that each has one, and a power of two."""
+    if jax.default_backend() != "cpu":
+        return available
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 2 ** (min(cores, available).bit_length() - 1)
 
 
 def _tasks(options: argparse.Namespace) -> list["Task"]:
@@ -346,42 +354,49 @@ def _tasks(options: argparse.Namespace) -> list["Task"]:
             return [tasks.from_function(options.task)]
         except tasks.TaskError as error:
             raise _UsageError(str(error)) from error
-    names = options.model or ("mlp", "cnn")
+    names = options.model or tuple(n for n in _DEFAULT_MODELS if options.data is None or n != models.PINN)
+    known = (models.PINN, *models.MODELS)
     for name in names:
-        if name not in models.MODELS:
-            raise _UsageError(f"unknown model {name!r}: choose from {', '.join(models.MODELS)}")
+        if name not in known:
+            raise _UsageError(f"unknown model {name!r}: choose from {', '.join(known)}")
+    if models.PINN in names and options.data is not None:
+        raise _UsageError("--model pinn solves an equation and reads no data: drop it or --data")
     try:
-        dataset = data.load("digits" if options.data is None else options.data)
+        dataset = None if names == (models.PINN,) else data.load("digits" if options.data is None else options.data)
     except data.DataError as error:
         raise _UsageError(str(error)) from error
-    return [tasks.from_dataset(name, dataset) for name in names]
+    return [
+        tasks.pinn(*([options.batch_size] if options.batch_size else []))
+        if dataset is None or name == models.PINN
+        else tasks.from_dataset(name, dataset)
+        for name in names
+    ]
 
 
-def _batch_size(options: argparse.Namespace, tasks: Sequence["Task"], devices: Sequence[int]) -> int:
+def _batch_size(options: argparse.Namespace, task: "Task", devices: Sequence[int]) -> int:
     """Return a batch size that every device count divides."""
-    num_train, multiple = min(task.num_train for task in tasks), math.lcm(*devices)
     if options.batch_size is None:
-        size = min(_DEFAULT_BATCH_SIZE, num_train) // multiple * multiple
+        multiple, most = math.lcm(*devices), min(task.batch_size, task.num_train)
+        size = most // multiple * multiple
         if not size:
             raise _UsageError(
-                f"no batch of at most {min(_DEFAULT_BATCH_SIZE, num_train)} of the {num_train} "
-                f"training samples divides over {', '.join(map(str, devices))} devices: "
-                "give --batch-size"
+                f"no batch of at most {most} of the {task.num_train} training samples of {task.name} divides over "
+                f"{', '.join(map(str, devices))} devices: give --batch-size"
             )
         return size
     size = options.batch_size
-    if size > num_train:
-        raise _UsageError(f"--batch-size {size}: there are only {num_train} training samples")
+    if size > task.num_train:
+        raise _UsageError(f"--batch-size {size}: there are only {task.num_train} training samples")
     for count in devices:
         if size % count:
             raise _UsageError(f"--batch-size {size} does not divide over {count} devices")
     return size
 
 
-def _fewer(devices: int, batch_size: int) -> tuple[int, ...]:
-    """Return the powers of two below a device count, for the plot of memory against devices."""
-    powers = (2**i for i in range(devices.bit_length()))
-    return tuple(n for n in powers if n < devices and batch_size % n == 0)
+def _planned(trained: int, available: int, batch_sizes: Iterable[int]) -> tuple[int, ...]:
+    """Return another device count whose memory and communication are shown: all devices, or one if all are trained."""
+    other = available if trained < available else 1
+    return (other,) if other != trained and not any(size % other for size in batch_sizes) else ()
 
 
 @contextlib.contextmanager

@@ -137,7 +137,8 @@ def _train(task_module, *arguments):
         (["--devices", "16"], "--devices 16: there are only 8 devices"),
         (["--devices", "500"], "--devices 500: at most 64 virtual CPU devices"),
         (["--devices", "7,8,5"], "no batch of at most 256"),
-        (["--model", "transformer"], "unknown model 'transformer': choose from mlp, cnn"),
+        (["--model", "transformer"], "unknown model 'transformer': choose from pinn, mlp, cnn"),
+        (["--model", "pinn", "--data", "digits"], "--model pinn solves an equation and reads no data"),
         (["--model", "mlp,"], "--model: expected names separated by commas"),
         (["--optimizers", "sgd,newton"], "unknown optimizer 'newton': choose from sgd, adam"),
         (["--lr", "adam"], "--lr: expected NAME=VALUE, got 'adam'"),
@@ -263,7 +264,11 @@ def test_the_help_names_every_optimizer_and_the_defaults(capsys, monkeypatch):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["poc", "--help"])
     said = capsys.readouterr().out
-    assert "sgd, adam, fosi, dho2, mr-dho2, mr-dho2-roles (default sgd,adam,fosi,dho2)" in said
+    said = " ".join(said.split())
+    assert "sgd, adam, muon, soap, fosi, dho2, dho2-muon, dho2-soap, mr-dho2, mr-dho2-roles" in said
+    assert "(default adam,dho2,soap,dho2-soap for pinn, adam,dho2,muon,dho2-muon for others)" in said
+    assert "(default pinn,autoencoder,cnn)" in said
+    assert "default 300" in said
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["poc", "--help"]])
@@ -422,15 +427,15 @@ def test_a_name_of_odd_characters_is_reported(capsys, task_module, tmp_path):
 
 @pytest.mark.parametrize("tune", [False, True])
 def test_failed_runs_make_the_exit_code_1_and_are_counted(capsys, task_module, tmp_path, monkeypatch, tune):
-    compile_program = runner.compile_program
+    train = runner.train
 
-    def fail(task, spec, **kwargs):
+    def fail(task, program, *rest):
         # Of the tuning, only one rate fails.
-        if spec.optimizer == "sgd" and spec.learning_rate == (0.3 if tune else 0.1):
+        if program.spec.optimizer == "sgd" and program.spec.learning_rate == (0.3 if tune else 0.1):
             raise RuntimeError("out of luck\nand more")
-        return compile_program(task, spec, **kwargs)
+        return train(task, program, *rest)
 
-    monkeypatch.setattr(runner, "compile_program", fail)
+    monkeypatch.setattr(runner, "train", fail)
     arguments = ["--optimizers", "sgd", "--lr", "sgd=0.1", "--tune"] if tune else []
     code = _train(task_module, *QUICK, *arguments, "--quiet", "--out", tmp_path)
     captured = capsys.readouterr()
@@ -601,6 +606,7 @@ def test_the_command_trains_on_real_data_and_writes_a_self_contained_report(tmp_
     out = tmp_path / "report"
     command = [sys.executable, "-m", "dho2_optax", "poc", "--model", "mlp", "--steps", "20"]
     command += ["--devices", "2", "--refresh-interval", "8", "--rank", "2", "--out", str(out)]
+    command += ["--optimizers", "sgd,adam,fosi,dho2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=_environment(), check=False)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dho2_optax.poc import models, tasks
+from dho2_optax.poc import data, models, tasks
 from dho2_optax.poc.data import Dataset
 
 
@@ -93,3 +93,22 @@ def test_an_unknown_model_is_named():
 def test_a_task_checks_its_samples(train, shown):
     with pytest.raises(tasks.TaskError, match=f"must share a leading axis.*{shown}"):
         tasks.Task("t", lambda key: 0, lambda p, b: jnp.zeros(()), train, {"x": np.ones(3)})
+
+
+def test_an_equation_is_a_task_with_a_known_solution():
+    task = tasks.pinn(32)
+    assert task.num_train == 32
+    assert task.accuracy is None
+    params = jax.jit(task.init)(jax.random.key(0))
+    zero = jax.tree.map(jnp.zeros_like, params)
+    # The error of a network that is zero everywhere is the whole solution.
+    assert float(task.error(zero, task.test)) == pytest.approx(1.0, rel=1e-5)
+    # So is its loss what it misses at the start: the mean square of a sine, by 128 points with both ends.
+    assert float(task.loss_fn(zero, task.train)) == pytest.approx(0.5 * 127 / 128, rel=1e-3)
+
+
+def test_classifying_the_digits_has_a_target_of_its_own():
+    digits = data.load(data.DIGITS)
+    assert tasks.from_dataset("cnn", digits).target == 0.05
+    assert tasks.from_dataset("autoencoder", digits).target is None
+    assert tasks.from_dataset("cnn", _dataset((8, 8, 1))).target is None

@@ -5,7 +5,7 @@ import resource
 import numpy as np
 import pytest
 
-from dho2_optax.poc import report, results, runner, tasks, training
+from dho2_optax.poc import report, results, runner, tasks, training, verdict
 from dho2_optax.poc.results import Results, Row
 
 
@@ -23,11 +23,12 @@ def _row(optimizer, losses, *, devices=8, seed=0, status="ok", refresh_steps=(),
 def _results(*rows, **settings):
     names = list(dict.fromkeys(row.optimizer for row in rows))
     given = {"optimizers": names, "devices": [8], "tune": False, "seeds": [0], "data": "digits"}
-    given |= {"batch_size": 8, "num_steps": 20, "rank": 2, "refresh_interval": 5, "command": "x"}
+    given |= {"batch_size": {"mlp": 8}, "num_steps": {"mlp": 20}, "rank": 2, "refresh_interval": 5, "command": "x"}
     machine = {"virtual_devices": True, "device_kind": "cpu", "device_count": 8, "date": "today"}
     machine |= {"cpu": "a cpu", "cores": 2, "platform": "here", "versions": {"jax": "1"}}
     machine |= {"commit": None}
     task = {"name": "mlp", "num_parameters": 10, "num_train": 20, "num_test": 10_000}
+    task |= {"target": None, "target_reason": ""}
     found = Results(machine=machine, settings=given | settings, tasks=[task], status="complete")
     found.rows = list(rows)
     return found
@@ -226,7 +227,12 @@ def test_failed_runs_are_counted_with_those_of_the_tuning():
     failed = Row("mlp", "adam", 8, 0, 0.1, "failed", message="E")
     found = _results(_row("sgd", _decay(0.1)), failed, _row("sgd", [1.0, math.inf], status="diverged"))
     assert found.num_failed == 1
-    search = {"learning_rates": [0.1, 0.3], "final_losses": [None, None], "chosen": None}
+    search = {
+        "learning_rates": [0.1, 0.3],
+        "final_losses": [None, None],
+        "steps_to_target": [None, None],
+        "chosen": None,
+    }
     found.tuning.append(results.Tuning("mlp", "sgd", **search, widened=False, at_edge=False, failed=2, message="No"))
     assert found.num_failed == 3
     assert "mlp: 2 of the 2 runs that tune sgd failed: No." in results.findings(found)["failures"]
@@ -247,10 +253,11 @@ def _settings(**changes):
     given = {
         "data": "bowl",
         "optimizers": ("sgd",),
+        "chosen": {"bowl": ("sgd",)},
         "devices": (1,),
         "compiled_devices": (),
-        "batch_size": 8,
-        "num_steps": 10,
+        "batch_size": {"bowl": 8},
+        "num_steps": {"bowl": 10},
         "target": None,
         "learning_rates": {},
         "tune": False,
@@ -321,3 +328,94 @@ def test_counts_that_are_only_compiled_are_marked_and_measured(tmp_path):
     assert all(row.total_bytes for row in found.rows)
     assert "compiled only" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "memory-bowl.png").exists()
+
+
+def _verdict(*rows, **task):
+    found = _results(*rows)
+    found.tasks[0] |= task
+    found.aim(None)
+    [line] = verdict.verdicts(found)
+    assert "\n" not in line
+    return line, verdict.against_bases(found)
+
+
+def test_the_verdict_of_a_win_names_time_updates_and_memory():
+    line, pairs = _verdict(
+        _row("sgd", _decay(0.1), total_bytes=500),
+        _row("adam", _decay(0.2), total_bytes=1000),
+        _row("dho2", _decay(0.4), refresh_steps=[5], total_bytes=3000),
+    )
+    assert line == (
+        "mlp: the hybrid wins in time and updates: dho2 against adam needs 1.50 s instead of 2.00 s (1.33 times less) "
+        "and 11 updates instead of 20 updates (1.82 times fewer) to 0.0226; "
+        "a step takes 3 kB instead of 1 kB (3.00 times more) of memory on a device."
+    )
+    assert len(pairs) == 1
+    assert "dho2 against adam needs 1.50 s instead of 2.00 s" in pairs[0]
+
+
+def test_the_verdict_of_a_loss_a_draw_and_a_win_in_one_thing_only():
+    slower = _row("dho2", _decay(0.1), total_bytes=1)
+    line, _ = _verdict(_row("adam", _decay(0.2), total_bytes=2), slower)
+    assert line.startswith("mlp: no hybrid wins, the best loses in time and updates: dho2 does not reach 0.0226")
+    assert "1 B instead of 2 B (2.00 times less)" in line
+    line, _ = _verdict(_row("adam", _decay(0.2)), _row("dho2", _decay(0.2)))
+    assert line.startswith("mlp: a tie: dho2 against adam needs 2.00 s instead of 2.00 s and 20 updates instead of 20")
+    line, _ = _verdict(_row("adam", _decay(0.2)), _row("dho2", _decay(0.4), refresh_steps=range(2, 10)))
+    assert line.startswith("mlp: the hybrid wins in updates and loses in time: dho2 against adam needs 4.30 s")
+    line, _ = _verdict(_row("adam", _decay(0.2)), _row("dho2", _decay(0.4), refresh_steps=[3, 4]))
+    assert line.startswith("mlp: the hybrid wins in updates and ties in time: ")
+
+
+def test_the_best_hybrid_and_the_best_baseline_meet_in_the_verdict():
+    rows = [_row(name, _decay(rate)) for name, rate in (("adam", 0.2), ("soap", 0.3), ("dho2", 0.25))]
+    line, pairs = _verdict(*rows, _row("dho2-soap", _decay(0.5)))
+    assert "dho2-soap against soap needs" in line
+    assert line.endswith("On their own bases: dho2 needs 0.85 of the time and 0.85 of the updates of adam.")
+    assert [text.split(" needs")[0] for text in pairs] == ["mlp: dho2 against adam", "mlp: dho2-soap against soap"]
+
+
+def test_a_target_of_the_task_is_what_a_verdict_is_about():
+    rows = _row("adam", _decay(0.2)), _row("dho2", _decay(0.4))
+    line, _ = _verdict(*rows, target=0.5, target_reason="enough")
+    assert "3 updates instead of 5 updates (1.67 times fewer) to 0.5" in line
+    line, _ = _verdict(*rows, target=1e-9, target_reason="enough")
+    assert line.startswith("mlp: nobody reaches the target: dho2 ends at 0.0005, adam at 0.0224")
+    found = _results(*rows)
+    found.tasks[0] |= {"target": 0.5, "target_reason": "enough"}
+    found.aim(None)
+    assert found.targets[0].origin == "enough"
+    found.aim(0.7)
+    assert found.targets[0].loss == 0.7
+
+
+def test_a_verdict_needs_a_hybrid_and_a_baseline_that_ended_well():
+    failed = Row("mlp", "dho2", 8, 0, 0.1, "failed", message="E")
+    diverged = _row("dho2", [1.0, math.inf], status="diverged")
+    for bad in (failed, diverged):
+        assert _verdict(_row("adam", _decay(0.2)), bad)[0] == "mlp: no hybrid has ended well, so there is no verdict."
+    assert _verdict(_row("adam", _decay(0.2)))[0] == "mlp: no hybrid was asked for, so there is no verdict."
+    assert "no first-order optimizer to compare with; dho2 is there after" in _verdict(_row("dho2", _decay(0.2)))[0]
+    assert _verdict(failed)[0] == "mlp: no run has ended well, so nothing can be said."
+
+
+def test_verdicts_open_the_page_and_close_the_terminal(tmp_path):
+    from rich.console import Console
+
+    found = _results(_row("adam", _decay(0.2)), _row("dho2", _decay(0.4)))
+    found.aim(None)
+    page = report.write_html(found, tmp_path).read_text()
+    assert page.index("the hybrid wins in time and updates") < page.index("Where the hybrid wins")
+    with open(tmp_path / "tables.txt", "w+") as file:
+        report.print_tables(found, Console(file=file, width=1000))
+        file.seek(0)
+        assert file.read().rstrip().splitlines()[-1].strip().startswith("- mlp: the hybrid wins")
+
+
+def test_tuning_looks_for_the_first_at_a_target_that_is_given(tmp_path):
+    # The lowest loss is at 1e-12 or so for several rates; 0.1 is there first.
+    found = _run(tmp_path, _bowl(1.0), tune=True, target=0.5)
+    [search] = found.tuning
+    reached = [steps for steps in search.steps_to_target if steps is not None]
+    assert reached
+    assert search.steps_to_target[search.learning_rates.index(search.chosen)] == min(reached)

@@ -1,3 +1,4 @@
+import dataclasses
 import time
 
 import jax
@@ -187,3 +188,30 @@ def test_devices_that_do_not_train_find_curvature(digits, devices):
 )
 def test_two_groups_of_devices_share_a_batch_evenly(devices, batch_size, expected):
     assert training.roles(devices, batch_size) == expected
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_network_learns_to_solve_an_equation(devices):
+    task = tasks.pinn(64)
+    spec = training.Spec("dho2-soap", 0.01, devices, 64, 40, rank=2, refresh_interval=10)
+    _, run = _train(task, spec)
+    assert run.status == "ok"
+    assert run.losses[-1] < 0.5 * run.losses[0]
+    assert run.test_accuracy is None
+    assert 0 < run.test_error < 1
+    assert run.counters["refreshes"] == len(run.refresh_steps) >= 3
+
+
+@pytest.mark.parametrize("name", ["muon", "soap", "dho2-muon", "dho2-soap"])
+def test_bases_that_read_whole_matrices_run_alike_on_one_device_and_on_two(digits, name):
+    one, two = (_train(digits, training.Spec(name, 0.003, devices, 64, 6, 2, 3))[1] for devices in (1, 2))
+    assert one.status == two.status == "ok"
+    np.testing.assert_allclose(one.losses, two.losses, rtol=1e-2)
+    assert one.losses[-1] < one.losses[0]
+
+
+def test_one_program_serves_every_learning_rate(task):
+    program = training.compile_program(task, _spec("adam", rate=1.0))
+    other = dataclasses.replace(program, spec=_spec("adam", rate=0.05))
+    run = training.train(task, other, 0, training.Evaluator(task))
+    assert run.losses == _train(task, _spec("adam", rate=0.05))[1].losses

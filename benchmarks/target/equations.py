@@ -1,65 +1,17 @@
 """Physics-informed problems: a network is trained to solve a partial differential equation.
 
-The loss is the mean square of the equation's residual at the points of a batch, plus the mean square of what is amiss
-at each part of the boundary, on points that are always the same. The exact solutions are known, so tests give the
-relative error of the network in the L2 norm. Points are pairs, ``(x, t)`` or ``(x, y)``.
+What an equation is, how its loss is made of it, and Burgers' equation are those of the proof of concept.
 """
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Function = Callable[[jax.Array], jax.Array]  # of a point, shape=(2,), to a number
+from dho2_optax.poc.equations import Equation, Function, burgers, derivative, mean_square, relative_error, side
+
+__all__ = ["EQUATIONS", "Equation", "Function", "relative_error"]
 
 SPEED = 10.0  # of convection
-VISCOSITY = 0.1 / np.pi  # of Burgers' equation
-_BOUNDARY_POINTS = 128  # on each part of the boundary
-_QUADRATURE = 64  # nodes, for the solution of Burgers' equation
-
-
-class Equation(NamedTuple):
-    """A differential equation on a rectangle, what holds at the boundary, and the solution."""
-
-    low: tuple[float, float]
-    high: tuple[float, float]
-    residual: Callable[[Function], Function]
-    conditions: Callable[[Function], jax.Array]  # the sum over the parts of the boundary of a mean square
-    solution: Function
-
-    def loss(self, function: Function, points: jax.Array) -> jax.Array:
-        """How far a function is from solving the equation; ``points`` of ``shape=(n, 2)``."""
-        return _mean_square(jax.vmap(self.residual(function))(points)) + self.conditions(function)
-
-    def points(self, count: int, seed: int) -> np.ndarray:
-        """Points of the rectangle, uniform at random; ``shape=(count, 2)``, float32."""
-        return np.random.default_rng(seed).uniform(self.low, self.high, (count, 2)).astype(np.float32)
-
-
-def relative_error(function: Function, solution: Function, points: jax.Array) -> jax.Array:
-    """The L2 norm of the error over that of the solution, on some points."""
-    right = jax.vmap(solution)(points)
-    return jnp.linalg.norm(jax.vmap(function)(points) - right) / jnp.linalg.norm(right)
-
-
-def _mean_square(values: jax.Array) -> jax.Array:
-    return jnp.mean(values**2)
-
-
-def _derivative(function: Function, axis: int) -> Function:
-    def along(point: jax.Array) -> jax.Array:
-        return jax.jvp(function, (point,), (jnp.zeros_like(point).at[axis].set(1),))[1]
-
-    return along
-
-
-def _side(function: Function, axis: int, value: float, low: float, high: float) -> tuple[jax.Array, jax.Array]:
-    """Coordinates along the side of a rectangle where coordinate `axis` is `value`, and the function there."""
-    along = jnp.linspace(low, high, _BOUNDARY_POINTS)
-    points = jnp.stack([jnp.full_like(along, value), along], axis=1)
-    return along, jax.vmap(function)(points if axis == 0 else points[:, ::-1])
 
 
 def _convection() -> Equation:
@@ -67,13 +19,13 @@ def _convection() -> Equation:
     length, end = 2 * np.pi, 1.0
 
     def residual(u: Function) -> Function:
-        u_x, u_t = _derivative(u, 0), _derivative(u, 1)
+        u_x, u_t = derivative(u, 0), derivative(u, 1)
         return lambda point: u_t(point) + SPEED * u_x(point)
 
     def conditions(u: Function) -> jax.Array:
-        x, start = _side(u, 1, 0.0, 0.0, length)
-        left, right = (_side(u, 0, at, 0.0, end)[1] for at in (0.0, length))
-        return _mean_square(start - jnp.sin(x)) + _mean_square(left - right)
+        x, start = side(u, 1, 0.0, 0.0, length)
+        left, right = (side(u, 0, at, 0.0, end)[1] for at in (0.0, length))
+        return mean_square(start - jnp.sin(x)) + mean_square(left - right)
 
     return Equation((0.0, 0.0), (length, end), residual, conditions, lambda p: jnp.sin(p[0] - SPEED * p[1]))
 
@@ -85,41 +37,15 @@ def _poisson() -> Equation:
         return jnp.sin(2 * jnp.pi * point[0]) * jnp.sin(jnp.pi * point[1])
 
     def residual(u: Function) -> Function:
-        u_xx, u_yy = (_derivative(_derivative(u, axis), axis) for axis in (0, 1))
+        u_xx, u_yy = (derivative(derivative(u, axis), axis) for axis in (0, 1))
         return lambda point: u_xx(point) + u_yy(point) + 5 * jnp.pi**2 * solution(point)
 
     def conditions(u: Function) -> jax.Array:
-        sides = [_side(u, axis, at, 0.0, 1.0)[1] for axis in (0, 1) for at in (0.0, 1.0)]
-        return _mean_square(jnp.concatenate(sides))
+        sides = [side(u, axis, at, 0.0, 1.0)[1] for axis in (0, 1) for at in (0.0, 1.0)]
+        return mean_square(jnp.concatenate(sides))
 
     return Equation((0.0, 0.0), (1.0, 1.0), residual, conditions, solution)
 
 
-def _burgers() -> Equation:
-    """u_t + u u_x = nu u_xx with nu = 0.1 / pi, zero at x = -1 and x = 1, u(x, 0) = -sin(pi x).
-
-    The solution is by the transformation of Cole and Hopf (Basdevant et al., 1986), integrated by Gauss and Hermite.
-    """
-    nodes, weights = np.polynomial.hermite.hermgauss(_QUADRATURE)
-
-    def solution(point: jax.Array) -> jax.Array:
-        x, t = point
-        there = x - jnp.sqrt(4 * VISCOSITY * t) * jnp.asarray(nodes, point.dtype)
-        density = jnp.asarray(weights, point.dtype) * jnp.exp(-jnp.cos(jnp.pi * there) / (2 * jnp.pi * VISCOSITY))
-        return -jnp.sum(jnp.sin(jnp.pi * there) * density) / jnp.sum(density)
-
-    def residual(u: Function) -> Function:
-        u_x, u_t = _derivative(u, 0), _derivative(u, 1)
-        u_xx = _derivative(u_x, 0)
-        return lambda point: u_t(point) + u(point) * u_x(point) - VISCOSITY * u_xx(point)
-
-    def conditions(u: Function) -> jax.Array:
-        x, start = _side(u, 1, 0.0, -1.0, 1.0)
-        walls = [_side(u, 0, at, 0.0, 1.0)[1] for at in (-1.0, 1.0)]
-        return _mean_square(start + jnp.sin(jnp.pi * x)) + _mean_square(jnp.concatenate(walls))
-
-    return Equation((-1.0, 0.0), (1.0, 1.0), residual, conditions, solution)
-
-
-EQUATIONS: dict[str, Equation] = {"convection": _convection(), "poisson": _poisson(), "burgers": _burgers()}
+EQUATIONS: dict[str, Equation] = {"convection": _convection(), "poisson": _poisson(), "burgers": burgers()}
 """By name of the task."""

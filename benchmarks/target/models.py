@@ -72,17 +72,3 @@ class CharTransformer(nn.Module):
             y = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
             x = x + nn.Dense(self.width)(y)
         return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))
-
-
-class TanhNetwork(nn.Module):
-    """A smooth function of the plane: three hidden layers with tanh."""
-
-    hidden: tuple[int, ...] = (50, 50, 50)
-
-    @nn.compact
-    def __call__(self, point: jax.Array) -> jax.Array:
-        """Map a point, shape (2,), or several in rows, to a number each."""
-        x = point
-        for width in self.hidden:
-            x = jnp.tanh(nn.Dense(width)(x))
-        return nn.Dense(1)(x)[..., 0]

@@ -22,8 +22,9 @@ import optax
 
 from benchmarks.problems import FASHION_MNIST
 from benchmarks.target.equations import EQUATIONS, relative_error
-from benchmarks.target.models import BatchNormResNet, CharLstm, CharTransformer, TanhNetwork
+from benchmarks.target.models import BatchNormResNet, CharLstm, CharTransformer
 from dho2_optax.poc import data
+from dho2_optax.poc.models import TanhNetwork
 from dho2_optax.poc.tasks import Task, from_dataset
 
 _CHARACTERS = 1_000_000

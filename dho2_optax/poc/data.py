@@ -12,7 +12,9 @@ import numpy as np
 
 from dho2_optax.poc import system
 
-__all__ = ["DataError", "Dataset", "load"]
+__all__ = ["DIGITS", "DataError", "Dataset", "load"]
+
+DIGITS = "digits"
 
 _IDX_UNSIGNED_BYTE = 8
 _IDX_NAMES = {
@@ -74,7 +76,7 @@ def load(source: str) -> Dataset:
       >>> digits.image_shape, digits.num_classes, len(digits.train_labels)
       ((8, 8, 1), 10, 1438)
     """
-    if source == "digits":
+    if source == DIGITS:
         return _digits()
     try:
         return _from_folder(Path(source))
@@ -109,7 +111,7 @@ def _digits() -> Dataset:
     order = np.random.default_rng(0).permutation(len(labels))
     num_test = math.floor(len(labels) * _DIGITS_TEST_FRACTION)
     test, train = order[:num_test], order[num_test:]
-    return Dataset("digits", images[train], labels[train], images[test], labels[test])
+    return Dataset(DIGITS, images[train], labels[train], images[test], labels[test])
 
 
 def _find_idx(folder: Path, name: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""Small networks for images, one for each kind of loss surface that teams meet."""
+"""Small networks, one for each kind of loss surface that teams meet: of images, and of a differential equation."""
 
 import functools
 import math
@@ -9,9 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-__all__ = ["AUTOENCODER", "MODELS", "build"]
+__all__ = ["AUTOENCODER", "MODELS", "PINN", "build"]
 
 AUTOENCODER = "autoencoder"
+PINN = "pinn"
 
 
 def convolve_patches(
@@ -139,6 +140,20 @@ class Autoencoder(nn.Module):
             # The code in the middle is linear.
             x = x if i == len(self.hidden) // 2 else nn.tanh(x)
         return nn.Dense(num_pixels)(x)
+
+
+class TanhNetwork(nn.Module):
+    """A smooth function of the plane: three hidden layers with tanh."""
+
+    hidden: tuple[int, ...] = (50, 50, 50)
+
+    @nn.compact
+    def __call__(self, point: jax.Array) -> jax.Array:
+        """Map a point, shape (2,), or several in rows, to a number each."""
+        x = point
+        for width in self.hidden:
+            x = jnp.tanh(nn.Dense(width)(x))
+        return nn.Dense(1)(x)[..., 0]
 
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {

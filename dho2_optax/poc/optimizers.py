@@ -6,14 +6,27 @@ from typing import Any
 
 import jax
 import optax
+from optax import contrib
 
-__all__ = ["DEFAULT_OPTIMIZERS", "OPTIMIZERS", "Context", "Gradients", "LossFn", "Optimizer", "schedule"]
+__all__ = [
+    "OPTIMIZERS",
+    "Context",
+    "Gradients",
+    "LossFn",
+    "Optimizer",
+    "Rate",
+    "default_optimizers",
+    "schedule",
+]
 
 _WARMUP_FRACTION = 0.05
 _MOMENTUM = 0.9
 
 LossFn = Callable[[Any, Any], jax.Array]
 """(params, batch) -> loss."""
+
+Rate = float | jax.Array
+"""A learning rate, which may be traced: then one program serves every rate."""
 
 Gradients = Callable[[Any, Any, Any], tuple[jax.Array, Any, dict[str, Any]]]
 """(params, state, batch) -> (loss, gradients, what the update is given besides)."""
@@ -32,10 +45,10 @@ class Context:
     curvature_devices: tuple[Any, ...] = ()  # those that find curvature and do not train
 
 
-def _with_batch(loss_fn: LossFn) -> Gradients:
+def _with_batch(context: Context) -> Gradients:
     def compute(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any, dict[str, Any]]:
         del state
-        return *jax.value_and_grad(loss_fn)(params, batch), {"batch": batch}
+        return *jax.value_and_grad(context.loss_fn)(params, batch), {"batch": batch}
 
     return compute
 
@@ -46,19 +59,19 @@ class Optimizer:
 
     Attributes:
       description: one line for the report.
-      build: maps (learning rate, context) to the optax transformation.
-      learning_rates: defaults by model, with "default" for every other model.
+      base: the first-order optimizer that it is, or that it is built on; its learning rates are used.
+      make: maps (base, learning rate, context) to the optax transformation.
       hybrid: it uses curvature, and its state has `base_state`.
-      gradients: maps the loss function to what a training step computes before the update.
+      gradients: maps the context to what a training step computes before the update.
       group: makes the object that finds curvature on `Context.curvature_devices` between the steps. None: all
         devices train.
     """
 
     description: str
-    build: Callable[[float, Context], optax.GradientTransformation]
-    learning_rates: Mapping[str, float]
+    base: str
+    make: Callable[[str, Rate, Context], optax.GradientTransformation]
     hybrid: bool = False
-    gradients: Callable[[LossFn], Gradients] = _with_batch
+    gradients: Callable[[Context], Gradients] = _with_batch
     group: Callable[[Context], Any] | None = None
 
     @property
@@ -66,12 +79,17 @@ class Optimizer:
         """The fewest devices that it runs on."""
         return 1 if self.group is None else 2
 
+    def build(self, learning_rate: Rate, context: Context) -> optax.GradientTransformation:
+        """Return the optax transformation."""
+        return self.make(self.base, learning_rate, context)
+
     def learning_rate(self, model: str) -> float:
-        """Return the default learning rate for a model."""
-        return self.learning_rates.get(model, self.learning_rates["default"])
+        """Return the default learning rate for a model: the best of the base alone."""
+        rates = _LEARNING_RATES[self.base]
+        return rates.get(model, rates["default"])
 
 
-def schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
+def schedule(learning_rate: Rate, num_steps: int) -> optax.Schedule:
     """Linear warm-up, then a cosine to zero: the same shape for every optimizer.
 
     Example:
@@ -82,28 +100,51 @@ def schedule(learning_rate: float, num_steps: int) -> optax.Schedule:
     """
     warmup = round(_WARMUP_FRACTION * num_steps)
     # Start above zero, so that no step is wasted.
-    return optax.warmup_cosine_decay_schedule(
-        learning_rate / (warmup + 1) if warmup else learning_rate,
-        learning_rate,
-        warmup,
-        max(num_steps, warmup + 1),
+    shape = optax.warmup_cosine_decay_schedule(
+        1 / (warmup + 1) if warmup else 1.0, 1.0, warmup, max(num_steps, warmup + 1)
     )
+    return lambda count: learning_rate * shape(count)
 
 
-def _sgd(learning_rate: float, context: Context) -> optax.GradientTransformation:
-    return optax.sgd(schedule(learning_rate, context.num_steps), momentum=_MOMENTUM)
+def _sgd(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    return optax.sgd(rate, momentum=_MOMENTUM)
 
 
-def _adam(learning_rate: float, context: Context) -> optax.GradientTransformation:
-    return optax.adam(schedule(learning_rate, context.num_steps))
+def _muon(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Muon for every matrix, and for kernels of convolutions as matrices; Adam for biases and scales."""
+
+    def dimensions(leaf: Any) -> Any:
+        last = leaf.ndim - 1
+        return contrib.MuonDimensionNumbers(tuple(range(last)), last) if last > 0 else None
+
+    return contrib.muon(rate, muon_weight_dimension_numbers=lambda params: jax.tree.map(dimensions, params))
 
 
-# The core is imported when a hybrid is built, so that a table of names costs nothing.
-def _fosi(learning_rate: float, context: Context) -> optax.GradientTransformation:
+# The core is imported when it is used, so that a table of names costs nothing.
+def _soap(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    import dho2_optax
+
+    return dho2_optax.soap(rate)
+
+
+_BASES: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]] = {
+    "sgd": _sgd,
+    "adam": optax.adam,
+    "muon": _muon,
+    "soap": _soap,
+}
+_WHOLE_LEAVES = ("muon", "soap")  # bases that read a matrix as a whole, so they cannot run on segments
+
+
+def _base(name: str, learning_rate: Rate, context: Context) -> optax.GradientTransformation:
+    return _BASES[name](schedule(learning_rate, context.num_steps))
+
+
+def _fosi(base: str, learning_rate: Rate, context: Context) -> optax.GradientTransformation:
     import dho2_optax
 
     return dho2_optax.fosi(
-        _sgd(learning_rate, context),
+        _base(base, learning_rate, context),
         context.loss_fn,
         rank=context.rank,
         refresh_interval=context.refresh_interval,
@@ -112,23 +153,23 @@ def _fosi(learning_rate: float, context: Context) -> optax.GradientTransformatio
     )
 
 
-def _dho2(learning_rate: float, context: Context) -> optax.GradientTransformation:
+def _dho2(base: str, learning_rate: Rate, context: Context) -> optax.GradientTransformation:
     import dho2_optax
 
     return dho2_optax.dho2(
-        _adam(learning_rate, context),
+        _base(base, learning_rate, context),
         context.loss_fn,
         rank=context.rank,
         refresh_interval=context.refresh_interval,
-        split=dho2_optax.Split(context.axis_name, mesh=context.mesh),
+        split=dho2_optax.Split(context.axis_name, mesh=context.mesh, base_on_segments=base not in _WHOLE_LEAVES),
     )
 
 
-def _mr_dho2(learning_rate: float, context: Context) -> optax.GradientTransformation:
+def _mr_dho2(base: str, learning_rate: Rate, context: Context) -> optax.GradientTransformation:
     import dho2_optax
 
     return dho2_optax.mr_dho2(
-        _adam(learning_rate, context),
+        _base(base, learning_rate, context),
         rank=context.rank,
         # As many products as dho2 makes at most: 2 * rank in each refresh interval.
         probe_interval=max(1, context.refresh_interval // (2 * context.rank)),
@@ -136,10 +177,10 @@ def _mr_dho2(learning_rate: float, context: Context) -> optax.GradientTransforma
     )
 
 
-def _with_product(loss_fn: LossFn) -> Gradients:
+def _with_product(context: Context) -> Gradients:
     import dho2_optax
 
-    value_grad_and_hvp = dho2_optax.value_grad_and_hvp(loss_fn)
+    value_grad_and_hvp = dho2_optax.value_grad_and_hvp(context.loss_fn)
 
     def compute(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any, dict[str, Any]]:
         loss, grads, product = value_grad_and_hvp(params, state, batch)
@@ -148,11 +189,11 @@ def _with_product(loss_fn: LossFn) -> Gradients:
     return compute
 
 
-def _mr_dho2_roles(learning_rate: float, context: Context) -> optax.GradientTransformation:
+def _mr_dho2_roles(base: str, learning_rate: Rate, context: Context) -> optax.GradientTransformation:
     import dho2_optax
 
     return dho2_optax.dho2(
-        _adam(learning_rate, context),
+        _base(base, learning_rate, context),
         rank=context.rank,
         refresh_interval=None,
         split=dho2_optax.Split(context.axis_name, mesh=context.mesh),
@@ -170,51 +211,62 @@ def _curvature_group(context: Context) -> Any:
     )
 
 
-_DHO2_RATES = {"default": 3e-3, "mlp": 0.06, "cnn": 0.06, "autoencoder": 0.01}
-
 OPTIMIZERS: dict[str, Optimizer] = {
-    "sgd": Optimizer(
-        "SGD with momentum 0.9, first order",
-        _sgd,
-        {"default": 0.1, "mlp": 0.2, "cnn": 0.1, "autoencoder": 0.03},
+    "sgd": Optimizer("SGD with momentum 0.9, first order", "sgd", _base),
+    "adam": Optimizer("Adam, first order", "adam", _base),
+    "muon": Optimizer("Muon (optax.contrib) on matrices and Adam elsewhere, first order", "muon", _base),
+    "soap": Optimizer("SOAP (dho2_optax.soap), Adam in the eigenbasis of Shampoo's preconditioner", "soap", _base),
+    "fosi": Optimizer("FOSI on SGD with momentum 0.9, its curvature state on every device", "sgd", _fosi, hybrid=True),
+    "dho2": Optimizer("DHO2 on Adam, its state split over the devices", "adam", _dho2, hybrid=True),
+    "dho2-muon": Optimizer(
+        "DHO2 on Muon, its curvature state split over the devices, Muon's own on each", "muon", _dho2, hybrid=True
     ),
-    "adam": Optimizer(
-        "Adam, first order",
-        _adam,
-        {"default": 3e-3, "mlp": 0.06, "cnn": 0.06, "autoencoder": 0.01},
-    ),
-    "fosi": Optimizer(
-        "FOSI on SGD with momentum 0.9, its curvature state on every device",
-        _fosi,
-        {"default": 0.1, "mlp": 0.2, "cnn": 0.06, "autoencoder": 0.03},
-        hybrid=True,
-    ),
-    "dho2": Optimizer(
-        "DHO2 on Adam, its state split over the devices",
-        _dho2,
-        _DHO2_RATES,
-        hybrid=True,
+    "dho2-soap": Optimizer(
+        "DHO2 on SOAP, its curvature state split over the devices, SOAP's own on each", "soap", _dho2, hybrid=True
     ),
     "mr-dho2": Optimizer(
         "DHO2 on Adam, its refresh spread over the steps: one curvature product every few of them",
+        "adam",
         _mr_dho2,
-        _DHO2_RATES,
         hybrid=True,
         gradients=_with_product,
     ),
     "mr-dho2-roles": Optimizer(
         "DHO2 on Adam, its curvature found on devices that do not train",
+        "adam",
         _mr_dho2_roles,
-        _DHO2_RATES,
         hybrid=True,
         group=_curvature_group,
     ),
 }
-"""The optimizers by name, in the order of the report.
+"""The optimizers by name, in the order of the report."""
 
-The learning rates of mlp, cnn and autoencoder are what `--tune` finds on the digits with the default settings,
-each inside its grid; the two MR-DHO2 have those of DHO2.
+_LEARNING_RATES: dict[str, Mapping[str, float]] = {
+    "sgd": {"default": 0.1, "mlp": 0.2, "cnn": 0.1, "autoencoder": 0.03, "pinn": 0.03},
+    "adam": {"default": 3e-3, "mlp": 0.018, "cnn": 0.06, "autoencoder": 0.01, "pinn": 0.08},
+    "muon": {"default": 0.02, "mlp": 0.06, "cnn": 0.02, "autoencoder": 0.06, "pinn": 0.09},
+    "soap": {"default": 3e-3, "mlp": 0.03, "cnn": 0.03, "autoencoder": 0.03, "pinn": 0.09},
+}
+"""By base and model, with "default" for every other model.
+
+Those of the models by name are what `--tune` finds for the base alone with the default settings, each inside its grid.
 """
 
-DEFAULT_OPTIMIZERS = ("sgd", "adam", "fosi", "dho2")
-"""What is compared if nothing else is asked for: as many as two cores get through in two minutes."""
+_DEFAULT_OPTIMIZERS = {
+    "default": ("adam", "dho2", "muon", "dho2-muon"),
+    "pinn": ("adam", "dho2", "soap", "dho2-soap"),
+}
+
+
+def default_optimizers(model: str) -> tuple[str, ...]:
+    """What is compared on a model if nothing else is asked for: two bases, and the hybrid on each.
+
+    SOAP is best on small networks, but the eigenvectors that it keeps cost most of a step on matrices of a few hundred
+    rows; there it is Muon.
+
+    Example:
+      >>> from dho2_optax.poc.optimizers import default_optimizers
+      >>> default_optimizers("cnn")
+      ('adam', 'dho2', 'muon', 'dho2-muon')
+    """
+    return _DEFAULT_OPTIMIZERS.get(model, _DEFAULT_OPTIMIZERS["default"])

@@ -24,13 +24,14 @@ from dho2_optax.poc.results import (
     megabytes,
     summarize,
 )
+from dho2_optax.poc.verdict import against_bases, verdicts
 
 __all__ = ["print_tables", "write_html"]
 
 _VIRTUAL_DEVICES = (
     "The devices of this run are virtual: they share the cores of one processor. Memory, "
     "communication and the losses are what they would be on as many real devices; seconds are "
-    "not. More virtual devices do not make training faster."
+    "not, and show no parallel speed: more virtual devices do not make training faster."
 )
 _MOST_COLUMNS = 5  # of a table in a terminal of 80 characters
 
@@ -62,6 +63,7 @@ _TRAINING = (
     _Column("final loss", "smoothed training loss at the end", "final_loss", "number"),
     _Column("test loss", "at the last parameters", "test_loss", "number"),
     _Column("test accuracy", "at the last parameters", "test_accuracy", "share"),
+    _Column("test error", "of the solution, at the last parameters", "test_error", "share"),
     _Column("ms/step", "median over all steps", "step_seconds_median", "milliseconds"),
     _Column("status", "", "status", "text"),
 )
@@ -108,7 +110,8 @@ def print_tables(results: Results, console: Console) -> None:
         group = [s for s in costs if s.task == task]
         if len({s.devices for s in group}) > 1:
             console.print(_memory_table(task, group))
-    for heading, sentences in _said(results):
+    verdict, *rest = _said(results)
+    for heading, sentences in (*rest, verdict):  # the last is what is seen
         console.print(f"[bold]{heading}[/bold]")
         for sentence in sentences:
             line = Padding(Text(f"- {sentence}"), (0, 0, 0, 2))
@@ -185,6 +188,8 @@ def write_html(results: Results, folder: Path) -> Path:
         ],
         cell=_cell,
         said=_said(results),
+        sizes=_by_task(results.settings["batch_size"], "batch"),
+        steps=_by_task(results.settings["num_steps"], "steps"),
         pictures=pictures,
     )
     path = folder / "report.html"
@@ -226,9 +231,9 @@ def _cell(summary: Summary, column: _Column) -> str:
 
 
 def _said(results: Results) -> list[tuple[str, Sequence[str]]]:
-    """Return headings with their sentences, generated from the rows."""
+    """Return headings with their sentences, generated from the rows; the first are the verdicts."""
     found = findings(results)
-    sections: list[tuple[str, Sequence[str]]] = []
+    sections: list[tuple[str, Sequence[str]]] = [("Verdict", verdicts(results))]
     if results.status == "interrupted":
         text = "Interrupted: this report covers the runs that had finished, and nothing else."
         sections.append(("Not complete", [text]))
@@ -238,6 +243,8 @@ def _said(results: Results) -> list[tuple[str, Sequence[str]]]:
         sections.append(("Where the hybrid wins", found["wins"] or [none]))
         none = "Nothing that these runs show."
         sections.append(("Where it does not win", found["does_not_win"] or [none]))
+    if pairs := against_bases(results):
+        sections.append(("Each hybrid and its base", pairs))
     if found["failures"]:
         sections.append(("Runs that did not finish", found["failures"]))
     if found["memory"]:
@@ -251,6 +258,12 @@ def _said(results: Results) -> list[tuple[str, Sequence[str]]]:
         reading.append(_VIRTUAL_DEVICES)
     sections.append(("How to read this", reading))
     return sections
+
+
+def _by_task(counts: dict[str, int], what: str) -> str:
+    """Write one number for all tasks where they agree, and by task where they do not."""
+    same = len(set(counts.values())) == 1
+    return f"{what} {next(iter(counts.values())) if same else ', '.join(f'{n} ({task})' for task, n in counts.items())}"
 
 
 def _roles(results: Results) -> list[str]:
@@ -302,13 +315,16 @@ def _rates(results: Results) -> str:
     text = f"Learning rates: {', '.join(rates) or 'none used'}."
     if not results.settings["tune"]:
         text += (
-            " None was tuned in this run: a default or a given learning rate may favour one "
-            "optimizer. (The defaults of mlp, cnn and autoencoder are the best of --tune on the digits with all other "
-            "settings at their defaults.) Run with --tune before deciding."
+            " None was tuned in this run: a default or a given learning rate may favour one optimizer. (The defaults "
+            "of pinn, mlp, cnn and autoencoder are the best of --tune for each base alone, on the digits with all "
+            "other settings at their defaults; a hybrid has that of its base.) Run with --tune before deciding."
         )
     else:
         seed = results.settings["seeds"][0]
-        text += f" Each tuned rate had the lowest final training loss of its grid, with seed {seed}."
+        text += (
+            " Each tuned rate was the first of its grid at the target where that is given, and ended lowest where not, "
+            f"with seed {seed}."
+        )
     if edge:
         text += (
             f" The best value of {', '.join(edge)} lies at the edge of the grid even after it was "

@@ -14,6 +14,8 @@ from dho2_optax.poc import system
 from dho2_optax.poc.optimizers import OPTIMIZERS
 
 __all__ = [
+    "TIE_SECONDS",
+    "TIE_STEPS",
     "Results",
     "Row",
     "Summary",
@@ -24,11 +26,12 @@ __all__ = [
     "megabytes",
     "smoothed",
     "summarize",
+    "within",
 ]
 
 # Ratios below these are called a tie.
-_TIE_STEPS = 1.03
-_TIE_SECONDS = 1.1  # clocks are noisy
+TIE_STEPS = 1.05
+TIE_SECONDS = 1.1  # clocks are noisy
 
 
 @dataclasses.dataclass
@@ -67,6 +70,7 @@ class Row:
     final_loss: float | None = None
     test_loss: float | None = None
     test_accuracy: float | None = None
+    test_error: float | None = None
     step_seconds_median: float | None = None
     step_seconds_p90: float | None = None
     step_seconds_p99: float | None = None
@@ -113,13 +117,15 @@ class Row:
 
     def aim(self, target: float) -> None:
         """Find the first step at which the smoothed loss is at the target or below."""
-        self.steps_to_target = self.seconds_to_target = None
-        if self.status != "ok":
-            return
-        reached = np.flatnonzero(smoothed(self.losses) <= target)
-        if len(reached):
-            self.steps_to_target = int(reached[0]) + 1
-            self.seconds_to_target = float(sum(self.seconds[: self.steps_to_target]))
+        self.steps_to_target, self.seconds_to_target = self.reach(target)
+
+    def reach(self, loss: float) -> tuple[int | None, float | None]:
+        """Return the steps and seconds until the smoothed loss is at a loss or below, None if it never is."""
+        reached = np.flatnonzero(smoothed(self.losses) <= loss)
+        if self.status != "ok" or not len(reached):
+            return None, None
+        steps = int(reached[0]) + 1
+        return steps, float(sum(self.seconds[:steps]))
 
 
 @dataclasses.dataclass
@@ -130,6 +136,7 @@ class Tuning:
     optimizer: str
     learning_rates: list[float]
     final_losses: list[float | None]  # None where the run diverged or failed
+    steps_to_target: list[int | None]  # None where it is not reached, or not known before the runs
     chosen: float | None
     widened: bool
     at_edge: bool  # the best value is still at the edge of the widened grid
@@ -144,6 +151,7 @@ class Target:
     task: str
     loss: float
     origin: str
+    fixed: bool = True  # it is not what one of the runs ends at
 
 
 @dataclasses.dataclass
@@ -169,7 +177,7 @@ class Results:
         self.targets = []
         for task in self.tasks:
             rows = [row for row in self.rows if row.task == task["name"]]
-            target = _target(task["name"], rows, given)
+            target = _target(task, rows, given)
             if target is not None:
                 self.targets.append(target)
                 for row in rows:
@@ -222,6 +230,7 @@ _NUMERIC = (
     "final_loss",
     "test_loss",
     "test_accuracy",
+    "test_error",
     "step_seconds_median",
     "step_seconds_p90",
     "step_seconds_p99",
@@ -286,22 +295,32 @@ def _summary(task: str, optimizer: str, devices: int, rows: list[Row]) -> Summar
     )
 
 
-def _target(task: str, rows: list[Row], given: float | None) -> Target | None:
+def _target(task: dict[str, Any], rows: list[Row], given: float | None) -> Target | None:
+    name = task["name"]
     if given is not None:
-        return Target(task, given, "given with --target")
+        return Target(name, given, "given with --target")
+    if task["target"] is not None:
+        return Target(name, task["target"], task["target_reason"])
     done = [s for s in summarize(rows) if s.trained and s["final_loss"] is not None]
     baselines = [s for s in done if not OPTIMIZERS[s.optimizer].hybrid]
     if not done:
         return None
     best = min(baselines or done, key=lambda s: s["final_loss"] or math.inf)
-    kind = "first-order baselines" if baselines else "optimizers (there is no baseline)"
-    loss = best["final_loss"] or 0.0
+    kind = "first-order optimizer" if baselines else "optimizer (there is no first-order one)"
+    error, accuracy = best["test_error"], best["test_accuracy"]
+    worth = [] if error is None else [f"a relative error of {error:.2%}"]
+    worth += [] if accuracy is None else [f"a test accuracy of {accuracy:.1%}"]
     origin = (
-        f"within 1% of the best final loss among the {kind}: "
-        f"{loss:.4g}, {best.optimizer} on {count_devices(best.devices)}"
+        f"within 1% of what the best {kind} ends at, {best.optimizer} on {count_devices(best.devices)}"
+        + (f", with {' and '.join(worth)}" if worth else "")
+        + ": who is there sooner may stop sooner"
     )
-    # The slack is for the last digits, which depend on the number of devices.
-    return Target(task, loss + 0.01 * abs(loss), origin)
+    return Target(name, within(best["final_loss"] or 0.0), origin, fixed=False)
+
+
+def within(loss: float) -> float:
+    """Add 1% of slack, for the last digits, which depend on the number of devices."""
+    return loss + 0.01 * abs(loss)
 
 
 def findings(results: Results) -> dict[str, list[str]]:
@@ -365,7 +384,7 @@ def _compare(task: dict[str, Any], hybrid: Summary, group: list[Summary], said: 
                     f"{who} never reaches the target loss that {rival.optimizer} reaches after {show(theirs)} {unit}."
                 )
             return
-        tie = _TIE_STEPS if unit == "steps" else _TIE_SECONDS
+        tie = TIE_STEPS if unit == "steps" else TIE_SECONDS
         text = f"{show(ours)} against {show(theirs)} {unit} of {rival.optimizer}"
         if ours * tie < theirs:
             gain = f"{theirs / ours:.2f} times " + ("fewer" if unit == "steps" else "less")
@@ -395,7 +414,7 @@ def _compare(task: dict[str, Any], hybrid: Summary, group: list[Summary], said: 
     ours = hybrid["step_seconds_median"]
     if rival is not None and ours is not None:
         ratio = ours / (rival["step_seconds_median"] or math.inf)
-        if ratio > _TIE_SECONDS:
+        if ratio > TIE_SECONDS:
             extra = {"probe": hybrid["probe_seconds"], "refresh": hybrid["refresh_seconds"]}
             more = [f"{seconds:.2g} s more for each {name}" for name, seconds in extra.items() if seconds]
             pause = f", and {' and '.join(more)}" if more else ""

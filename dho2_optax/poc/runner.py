@@ -39,11 +39,12 @@ class Settings:
     """What was asked for, checked and complete."""
 
     data: str
-    optimizers: tuple[str, ...]
+    optimizers: tuple[str, ...]  # in the order of the report
+    chosen: Mapping[str, tuple[str, ...]]  # of these, by task
     devices: tuple[int, ...]  # trained
     compiled_devices: tuple[int, ...]  # only compiled, for memory and communication
-    batch_size: int
-    num_steps: int
+    batch_size: Mapping[str, int]  # by task
+    num_steps: Mapping[str, int]  # by task
     target: float | None
     learning_rates: Mapping[str, float]  # in place of the defaults
     tune: bool
@@ -101,6 +102,7 @@ class _Session:
     def __init__(self, settings: Settings, results: Results, folder: Path, console: Console) -> None:
         self._settings = settings
         self._results = results
+        self._programs: dict[tuple[str, Spec], Program] = {}  # of the tuning, by task and what was compiled
         self._folder = folder
         self._console = console
         self.progress = Progress(
@@ -115,9 +117,9 @@ class _Session:
         )
         counts = len(settings.devices) * len(settings.seeds) + len(settings.compiled_devices)
         counts += len(_GRID) if settings.tune else 0
-        runs = len(results.tasks) * len(settings.optimizers) * counts
+        runs = sum(map(len, settings.chosen.values())) * counts
         self._all = self.progress.add_task("all runs", total=runs, note="")
-        self._one = self.progress.add_task("this run", total=settings.num_steps, note="")
+        self._one = self.progress.add_task("this run", total=max(settings.num_steps.values()), note="")
 
     def save(self) -> None:
         """Measure every row against the targets so far, and write `results.json`."""
@@ -127,14 +129,17 @@ class _Session:
     def run_task(self, task: Task) -> None:
         """Train every optimizer on a task; then compile what is only compiled."""
         settings, evaluate = self._settings, Evaluator(task)
-        rates = {name: self._learning_rate(task, name, evaluate) for name in settings.optimizers}
+        self._programs.clear()
+        rates = {name: self._learning_rate(task, name, evaluate) for name in settings.chosen[task.name]}
         for devices in settings.devices:
             for name, rate in rates.items():
-                spec = self._spec(name, rate, devices)
+                spec = self._spec(task, name, rate, devices)
                 for row in self._train(task, spec, settings.seeds, evaluate):
                     self._add(row)
         specs = [
-            self._spec(name, rate, devices) for devices in settings.compiled_devices for name, rate in rates.items()
+            self._spec(task, name, rate, devices)
+            for devices in settings.compiled_devices
+            for name, rate in rates.items()
         ]
         # Nothing is timed any more, so these may share the cores.
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -151,53 +156,63 @@ class _Session:
         return self._tune(task, name, start, evaluate) if self._settings.tune else start
 
     def _tune(self, task: Task, name: str, start: float, evaluate: Evaluator) -> float:
-        """Try a grid of learning rates; widen it once if the best is at its edge."""
-        losses: dict[float, float] = {}
-        failures: list[str] = []
+        """Try a grid of learning rates; widen it once if the best is at its edge.
+
+        The best is the first at the target, where that is known before the runs, or else ends lowest.
+        """
+        rows: dict[float, Row] = {}
+        target = task.target if self._settings.target is None else self._settings.target
 
         def search(factors: Sequence[float]) -> None:
             for factor in factors:
-                spec = self._spec(name, _round(start * factor), max(self._settings.devices))
-                [row] = self._train(task, spec, self._settings.seeds[:1], evaluate)
-                final = row.final_loss
-                losses[spec.learning_rate] = math.inf if final is None else final
-                if row.status == "failed":
-                    failures.append(row.message)
-                self._log(row, "tuning")
+                spec = self._spec(task, name, _round(start * factor), max(self._settings.devices))
+                [rows[spec.learning_rate]] = self._train(task, spec, self._settings.seeds[:1], evaluate)
+                self._log(rows[spec.learning_rate], "tuning")
+
+        def steps(rate: float) -> int | None:
+            return None if target is None else rows[rate].reach(target)[0]
+
+        def rank(rate: float) -> tuple[float, float]:
+            reached, final = steps(rate), rows[rate].final_loss
+            return math.inf if reached is None else reached, math.inf if final is None else final
 
         def best() -> float:
-            return min(losses, key=lambda rate: losses[rate])
+            return min(rows, key=rank)
+
+        def found() -> bool:
+            return rows[best()].final_loss is not None
 
         search(_GRID)
-        widened = best() in (min(losses), max(losses)) and math.isfinite(losses[best()])
+        widened = best() in (min(rows), max(rows)) and found()
         if widened:
             self.progress.update(self._all, total=self._total() + len(_WIDER["low"]))
-            search(_WIDER["low" if best() == min(losses) else "high"])
-        rates = sorted(losses)
-        found = math.isfinite(losses[best()])
+            search(_WIDER["low" if best() == min(rows) else "high"])
+        rates = sorted(rows)
+        failures = [row.message for row in rows.values() if row.status == "failed"]
         self._results.tuning.append(
             Tuning(
                 task=task.name,
                 optimizer=name,
                 learning_rates=rates,
-                final_losses=[losses[r] if math.isfinite(losses[r]) else None for r in rates],
-                chosen=best() if found else None,
+                final_losses=[rows[rate].final_loss for rate in rates],
+                steps_to_target=[steps(rate) for rate in rates],
+                chosen=best() if found() else None,
                 widened=widened,
-                at_edge=found and best() in (rates[0], rates[-1]),
+                at_edge=found() and best() in (rates[0], rates[-1]),
                 failed=len(failures),
                 message=failures[0] if failures else "",
             )
         )
         self.save()
-        return best() if found else start
+        return best() if found() else start
 
-    def _spec(self, name: str, learning_rate: float, devices: int) -> Spec:
+    def _spec(self, task: Task, name: str, learning_rate: float, devices: int) -> Spec:
         return Spec(
             optimizer=name,
             learning_rate=learning_rate,
             num_devices=devices,
-            batch_size=self._settings.batch_size,
-            num_steps=self._settings.num_steps,
+            batch_size=self._settings.batch_size[task.name],
+            num_steps=self._settings.num_steps[task.name],
             rank=self._settings.rank,
             refresh_interval=self._settings.refresh_interval,
         )
@@ -210,8 +225,8 @@ class _Session:
             row.status = f"needs {count_devices(OPTIMIZERS[name].min_devices)}"
             return row, None
         note = f"{task.name} {name}, {count_devices(devices)}: compiling"
-        self.progress.update(self._one, completed=0, note=note)
-        program = _attempt(row, lambda: compile_program(task, spec, to_run=to_run))
+        self.progress.update(self._one, completed=0, total=spec.num_steps, note=note)
+        program = _attempt(row, lambda: self._program(task, spec, to_run=to_run))
         if program is not None:
             row.compile_seconds = program.compile_seconds
             row.curvature_devices = len(program.context.curvature_devices)
@@ -225,6 +240,15 @@ class _Session:
             row.traffic_per_step = footprint.traffic_per_step
             row.curvature_device_bytes = footprint.curvature_device
         return row, program
+
+    def _program(self, task: Task, spec: Spec, *, to_run: bool) -> Program:
+        """Compile a program; those of a tuning are kept, since they serve every learning rate."""
+        key = (task.name, dataclasses.replace(spec, learning_rate=0.0))
+        if to_run and self._settings.tune:
+            if key not in self._programs:
+                self._programs[key] = compile_program(task, spec)
+            return dataclasses.replace(self._programs[key], spec=spec)
+        return compile_program(task, spec, to_run=to_run)
 
     def _plan(self, task: Task, spec: Spec) -> Row:
         """Compile a program for its memory and communication alone."""
@@ -257,6 +281,7 @@ class _Session:
         row.refresh_steps, row.probe_steps = measured.refresh_steps, measured.probe_steps
         row.counters = measured.counters
         row.test_loss, row.test_accuracy = measured.test_loss, measured.test_accuracy
+        row.test_error = measured.test_error
         row.eval_seconds = measured.eval_seconds
         if row.status == "diverged":
             row.message = f"loss not finite after {len(row.losses)} steps"
@@ -314,6 +339,8 @@ def _describe(task: Task) -> dict[str, Any]:
         "num_parameters": num_parameters(params),
         "num_train": task.num_train,
         "num_test": task.num_test,
+        "target": task.target,
+        "target_reason": task.target_reason,
     }
 
 

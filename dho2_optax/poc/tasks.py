@@ -12,11 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dho2_optax.poc import models, system
-from dho2_optax.poc.data import Dataset
+from dho2_optax.poc import equations, models, system
+from dho2_optax.poc.data import DIGITS, Dataset
 
-__all__ = ["Task", "TaskError", "from_dataset", "from_function"]
+__all__ = ["Task", "TaskError", "from_dataset", "from_function", "pinn"]
 
+_DIGITS_TARGET: dict[str, Any] = {
+    "target": 0.05,
+    "target_reason": "below it the accuracy on the test digits changes by less than they can show",
+}
+_TEST_POINTS = 1000  # of an equation
 _MOST_CHARACTERS = 100  # of a name, which is part of the names of files
 
 
@@ -37,6 +42,10 @@ class Task:
       test: the test data, of the same structure.
       accuracy: maps (parameters, batch) to the share of samples that are right, or None where
         there is no such thing.
+      error: maps (parameters, batch) to the error relative to a known solution, or None where there is no such thing.
+      batch_size: what it is meant to be trained with, over all devices.
+      target: the training loss that counts as done, or None: what the best first-order optimizer ends at.
+      target_reason: why it does, a clause for the report.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -59,6 +68,10 @@ class Task:
     train: Any
     test: Any
     accuracy: Callable[[Any, Any], jax.Array] | None = None
+    error: Callable[[Any, Any], jax.Array] | None = None
+    batch_size: int = 256
+    target: float | None = None
+    target_reason: str = "given by the task"
 
     def __post_init__(self) -> None:
         name = self.name
@@ -117,7 +130,38 @@ def from_dataset(model_name: str, data: Dataset) -> Task:
         return Task(model_name, init, reconstruction_loss, train, test)
     train = {"images": data.train_images, "labels": data.train_labels}
     test = {"images": data.test_images, "labels": data.test_labels}
-    return Task(model_name, init, classification_loss, train, test, accuracy)
+    target = _DIGITS_TARGET if data.name == DIGITS else {}
+    return Task(model_name, init, classification_loss, train, test, accuracy, **target)
+
+
+def pinn(num_points: int = 1024) -> Task:
+    """Build the task of solving Burgers' equation with a network, which needs no data.
+
+    The loss is the mean square of the equation's residual at some points, always the same ones, and of what is amiss at
+    the boundary. The exact solution is known, so the test gives the network's error.
+
+    Args:
+      num_points: in the rectangle, at random; the training samples, all of them in every batch.
+
+    Example:
+      >>> from dho2_optax.poc import tasks
+      >>> tasks.pinn().train["points"].shape
+      (1024, 2)
+    """
+    equation, model = equations.burgers(), models.TanhNetwork()
+
+    def network(params: Any) -> equations.Function:
+        return lambda point: model.apply({"params": params}, point)  # pyright: ignore[reportReturnType]
+
+    return Task(
+        name=models.PINN,
+        init=lambda key: model.init(key, jnp.zeros(2))["params"],
+        loss_fn=lambda params, batch: equation.loss(network(params), batch["points"]),
+        train={"points": equation.points(num_points, seed=0)},
+        test={"points": equation.points(_TEST_POINTS, seed=1)},
+        batch_size=num_points,
+        error=lambda params, batch: equations.relative_error(network(params), equation.solution, batch["points"]),
+    )
 
 
 def from_function(reference: str) -> Task:
@@ -160,8 +204,7 @@ def _check(task: Task, where: str) -> None:
     with _explained(f"{where}: init failed"):
         params = jax.eval_shape(task.init, jax.random.key(0))
     traced = [("loss_fn", task.loss_fn, "train"), ("loss_fn", task.loss_fn, "test")]
-    if task.accuracy is not None:
-        traced.append(("accuracy", task.accuracy, "test"))
+    traced += [(name, f, "test") for name in ("accuracy", "error") if (f := getattr(task, name)) is not None]
     for name, function, part in traced:
         with _explained(f"{where}: {name} failed on a sample of `{part}`"):
             value = jax.eval_shape(function, params, first(getattr(task, part)))

@@ -5,7 +5,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from dho2_optax import plan
 from dho2_optax.poc.optimizers import OPTIMIZERS, Context
 from dho2_optax.poc.tasks import Task
 
-__all__ = ["Evaluator", "Footprint", "Program", "Run", "Spec", "compile_program", "train"]
+__all__ = ["Evaluator", "Footprint", "Program", "Run", "Scores", "Spec", "compile_program", "train"]
 
 _AXIS = "data"
 _MAX_EVALUATION_BATCH = 2000
@@ -28,7 +28,7 @@ _COUNTERS = ("refreshes", "rejected_refreshes", "matvecs", "eigenvalue_max")
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What is run: everything that the compiled program depends on, besides the task."""
+    """What is run: everything that the compiled program depends on, besides the task, and the learning rate."""
 
     optimizer: str
     learning_rate: float
@@ -64,7 +64,7 @@ class Program:
 
     spec: Spec
     context: Context
-    step: Any  # compiled: (params, state, batch) -> (params, state, loss, counters)
+    step: Any  # compiled: (params, state, batch, learning rate) -> (params, state, loss, counters)
     init_state: Any  # compiled: params -> optimizer state
     state_shardings: Any
     compile_seconds: float
@@ -83,11 +83,21 @@ class Run:
     counters: dict[str, float]  # the last values of the optimizer's own counters
     test_loss: float | None
     test_accuracy: float | None
+    test_error: float | None
     eval_seconds: float
 
 
+class Scores(NamedTuple):
+    """What parameters are worth on the test data."""
+
+    loss: float
+    accuracy: float | None  # None where the task has no such thing
+    error: float | None
+    seconds: float  # that it took, compilation apart
+
+
 class Evaluator:
-    """Computes the loss and accuracy of a task over its test data, on one device."""
+    """Computes loss, accuracy and error of a task over its test data, on one device: means over parts of the data."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -96,10 +106,10 @@ class Evaluator:
         self._starts = range(0, task.num_test, size)
         self._size = size
 
-    def __call__(self, params: Any) -> tuple[float, float | None, float]:
-        """Return the mean loss, the accuracy if there is one, and the seconds it took."""
+    def __call__(self, params: Any) -> Scores:
+        """Return what the parameters are worth."""
         params = jax.tree.map(jnp.asarray, jax.device_get(params))
-        loss, accuracy, seconds = 0.0, 0.0, 0.0
+        totals, seconds = np.zeros(3), 0.0
         for start in self._starts:
             batch = jax.tree.map(lambda x, s=start: jnp.asarray(x[s : s + self._size]), self._task.test)
             size = len(jax.tree.leaves(batch)[0])
@@ -108,14 +118,14 @@ class Evaluator:
             begin = time.perf_counter()
             values = jax.device_get(self._compiled[size](params, batch))
             seconds += time.perf_counter() - begin
-            loss += float(values[0]) * size / self._task.num_test
-            accuracy += float(values[1]) * size / self._task.num_test
-        return loss, accuracy if self._task.accuracy else None, seconds
+            totals += np.asarray(values, np.float64) * size / self._task.num_test
+        loss, accuracy, error = map(float, totals)
+        task = self._task
+        return Scores(loss, accuracy if task.accuracy else None, error if task.error else None, seconds)
 
-    def _measure(self, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        accuracy = self._task.accuracy
-        right = accuracy(params, batch) if accuracy else jnp.zeros(())
-        return self._task.loss_fn(params, batch), right
+    def _measure(self, params: Any, batch: Any) -> list[jax.Array]:
+        measures = (self._task.loss_fn, self._task.accuracy, self._task.error)
+        return [measure(params, batch) if measure else jnp.zeros(()) for measure in measures]
 
 
 def compile_program(task: Task, spec: Spec, *, to_run: bool = True) -> Program:
@@ -148,9 +158,9 @@ def compile_program(task: Task, spec: Spec, *, to_run: bool = True) -> Program:
         refresh_interval=spec.refresh_interval,
         curvature_devices=tuple(devices[num_train : num_train + num_curvature]),
     )
-    compute = optimizer.gradients(task.loss_fn)
+    compute = optimizer.gradients(context)
     begin = time.perf_counter()
-    tx = optax.with_extra_args_support(optimizer.build(spec.learning_rate, context))
+    tx = optimizer.build(spec.learning_rate, context)
     params = _abstract(jax.eval_shape(task.init, jax.random.key(0)), replicated)
     init_state = jax.jit(tx.init).lower(params).compile()
     state = jax.tree.map(
@@ -164,16 +174,19 @@ def compile_program(task: Task, spec: Spec, *, to_run: bool = True) -> Program:
         task.train,
     )
 
-    def train_step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array, Any]:
+    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
+
+    def train_step(params: Any, state: Any, batch: Any, rate: jax.Array) -> tuple[Any, Any, jax.Array, Any]:
         loss, grads, extra = compute(params, state, batch)
-        updates, state = tx.update(grads, state, params, **extra)
+        update = optax.with_extra_args_support(optimizer.build(rate, context)).update
+        updates, state = update(grads, state, params, **extra)
         counters = _counters(state) if optimizer.hybrid else {}
         return optax.apply_updates(params, updates), state, loss, counters
 
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))
     step = (
         jax.jit(train_step, donate_argnums=(0, 1), out_shardings=(*shardings, None, None))
-        .lower(params, state, batch)
+        .lower(params, state, batch, rate)
         .compile(None if to_run or jax.default_backend() != "cpu" else _UNOPTIMIZED)
     )
     curvature_device = None if optimizer.group is None else optimizer.group(context).memory(params, batch).total
@@ -227,22 +240,23 @@ def train(
     """
     spec = program.spec
     batches = _batches(task, spec.batch_size, seed, program.context.mesh)
+    rate = jax.device_put(jnp.float32(spec.learning_rate), NamedSharding(program.context.mesh, PartitionSpec()))
     # Warm-up: the first call of a program is slower. Its results are dropped.
     first = next(batches)
-    jax.block_until_ready(program.step(*_start(task, program, seed), first))
+    jax.block_until_ready(program.step(*_start(task, program, seed), first, rate))
     params, state = _start(task, program, seed)
     make_group = OPTIMIZERS[spec.optimizer].group
     group = None if make_group is None else make_group(program.context)
     if group is not None:
         group.warm_up(state, params, first)
-    run = Run("ok", [], [], [], [], {}, None, None, 0.0)
+    run = Run("ok", [], [], [], [], {}, None, None, None, 0.0)
     batch = first
     try:
         for step in range(spec.num_steps):
             begin = time.perf_counter()
             if group is not None:
                 state = group.advance(state, params, batch)
-            params, state, loss, counters = program.step(params, state, batch)
+            params, state, loss, counters = program.step(params, state, batch, rate)
             jax.block_until_ready((params, state, loss))
             run.seconds.append(time.perf_counter() - begin)
             run.losses.append(float(loss))
@@ -260,7 +274,7 @@ def train(
         if group is not None:
             run.counters |= group.metrics()
             group.close()
-    run.test_loss, run.test_accuracy, run.eval_seconds = evaluate(params)
+    run.test_loss, run.test_accuracy, run.test_error, run.eval_seconds = evaluate(params)
     if not math.isfinite(run.test_loss):
         run.status = "diverged"
     return run

@@ -1,0 +1,174 @@
+"""What a person decides by: whether a hybrid is ahead of the first-order optimizers, in one line for each task."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+from dho2_optax.poc.optimizers import OPTIMIZERS
+from dho2_optax.poc.results import TIE_SECONDS, TIE_STEPS, Results, Row, megabytes, within
+
+__all__ = ["against_bases", "verdicts"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Standing:
+    """An optimizer on a task, by the time that its loss is at some value: medians over the seeds."""
+
+    optimizer: str
+    steps: float | None  # None: it is not
+    seconds: float | None
+    final_loss: float
+    memory: float  # bytes of the whole training step on one device
+
+
+def verdicts(results: Results) -> list[str]:
+    """Say in one line for each task which hybrid is ahead of the best first-order optimizer, and in what.
+
+    The best are those that are first at the target in time; where none gets there, those that end lowest. They are
+    compared on the most devices that were trained, in updates, time and memory; the others with their own bases.
+    """
+    return [_verdict(results, task["name"]) for task in results.tasks]
+
+
+def against_bases(results: Results) -> list[str]:
+    """Compare each hybrid with its base: at the target, or where that is of the runs, at what the base ends at."""
+    return [
+        f"{task['name']}: {hybrid.optimizer} {_comparison(hybrid, base, loss)}."
+        for task in results.tasks
+        for hybrid, base, loss in _pairs(results, task["name"])
+    ]
+
+
+def _pairs(results: Results, task: str) -> list[tuple[_Standing, _Standing, float]]:
+    """Each hybrid, its base, and the loss at which they are compared."""
+    runs, target = _runs(results, task), results.target(task)
+    pairs = []
+    for name in (name for name in runs if OPTIMIZERS[name].hybrid and OPTIMIZERS[name].base in runs):
+        base = OPTIMIZERS[name].base
+        loss = within(statistics.median(row.final_loss or 0.0 for row in runs[base]))
+        loss = target.loss if target is not None and target.fixed else loss
+        pairs.append((_standing(name, runs[name], loss), _standing(base, runs[base], loss), loss))
+    return pairs
+
+
+def _runs(results: Results, task: str) -> dict[str, list[Row]]:
+    """The runs of a task that ended well, by optimizer: all seeds did, on the most devices that were trained."""
+    trained = [row for row in results.rows if row.task == task and row.seed is not None and row.trained]
+    devices = max((row.devices for row in trained), default=0)
+    runs: dict[str, list[Row]] = {}
+    for row in trained:
+        if row.devices == devices:
+            runs.setdefault(row.optimizer, []).append(row)
+    return {name: rows for name, rows in runs.items() if all(row.final_loss is not None for row in rows)}
+
+
+def _standing(optimizer: str, rows: Sequence[Row], loss: float) -> _Standing:
+    reached = [(steps, seconds) for steps, seconds in (row.reach(loss) for row in rows) if steps and seconds]
+    most = len(reached) > len(rows) / 2
+    return _Standing(
+        optimizer=optimizer,
+        steps=statistics.median(steps for steps, _ in reached) if most else None,
+        seconds=statistics.median(seconds for _, seconds in reached) if most else None,
+        final_loss=statistics.median(row.final_loss or 0.0 for row in rows),
+        memory=statistics.median(row.total_bytes or 0 for row in rows),
+    )
+
+
+def _verdict(results: Results, task: str) -> str:
+    target, runs = results.target(task), _runs(results, task)
+    if target is None or not runs:
+        return f"{task}: no run has ended well, so nothing can be said."
+    standings = [_standing(name, rows, target.loss) for name, rows in runs.items()]
+    hybrids = [s for s in standings if OPTIMIZERS[s.optimizer].hybrid]
+    rivals = [s for s in standings if not OPTIMIZERS[s.optimizer].hybrid]
+    if not hybrids:
+        asked = any(OPTIMIZERS[name].hybrid for name in results.settings["optimizers"])
+        return f"{task}: {'no hybrid has ended well' if asked else 'no hybrid was asked for'}, so there is no verdict."
+    if not rivals:
+        best = _best(hybrids)
+        return f"{task}: there is no first-order optimizer to compare with; {best.optimizer} {_alone(best)}."
+    hybrid, rival = _best(hybrids), _best(rivals)
+    text = f"{task}: {_headline(hybrid, rival)}: {hybrid.optimizer} {_comparison(hybrid, rival, target.loss)}."
+    others = [
+        f"{ours.optimizer} needs {_share(ours.seconds, base.seconds)} of the time and "
+        f"{_share(ours.steps, base.steps)} of the updates of {base.optimizer}"
+        for ours, base, _ in _pairs(results, task)
+        if ours.steps and base.steps and {ours.optimizer, base.optimizer} != {hybrid.optimizer, rival.optimizer}
+    ]
+    return f"{text} On their own bases: {', '.join(others)}." if others else text
+
+
+def _share(ours: float | None, theirs: float | None) -> str:
+    return f"{(ours or 0.0) / (theirs or 1.0):.2f}"
+
+
+def _best(standings: Sequence[_Standing]) -> _Standing:
+    return min(standings, key=lambda s: (math.inf if s.seconds is None else s.seconds, s.final_loss))
+
+
+def _headline(hybrid: _Standing, rival: _Standing) -> str:
+    if hybrid.steps is None and rival.steps is None:
+        return "nobody reaches the target"
+    won = {
+        "time": _outcome(hybrid.seconds, rival.seconds, TIE_SECONDS),
+        "updates": _outcome(hybrid.steps, rival.steps, TIE_STEPS),
+    }
+    ahead = [name for name, outcome in won.items() if outcome > 0]
+    behind = [name for name, outcome in won.items() if outcome < 0]
+    if ahead and behind:
+        return f"the hybrid wins in {ahead[0]} and loses in {behind[0]}"
+    if ahead:
+        even = [name for name, outcome in won.items() if not outcome]
+        return f"the hybrid wins in {' and '.join(ahead)}" + (f" and ties in {even[0]}" if even else "")
+    return f"no hybrid wins, the best loses in {' and '.join(behind)}" if behind else "a tie"
+
+
+def _outcome(ours: float | None, theirs: float | None, tie: float) -> int:
+    """1 where ours is less, -1 where theirs is, 0 where neither is by more than a tie."""
+    mine, other = (math.inf if value is None else value for value in (ours, theirs))
+    return (mine * tie < other) - (other * tie < mine)
+
+
+def _comparison(hybrid: _Standing, rival: _Standing, loss: float) -> str:
+    """Say where two stand at a loss: always updates, time and memory."""
+    memory = f"a step takes {_pair(hybrid.memory, rival.memory, megabytes, 'less')} of memory on a device"
+    ends = f"ends at {hybrid.final_loss:.3g}, {rival.optimizer} at {rival.final_loss:.3g}; {memory}"
+    if hybrid.steps is None and rival.steps is None:
+        return f"{ends}"
+    if hybrid.steps is None or hybrid.seconds is None:
+        return f"does not reach {loss:.3g}, where {rival.optimizer} {_alone(rival)}; it {ends}"
+    if rival.steps is None or rival.seconds is None:
+        return f"{_alone(hybrid)}, {rival.optimizer} never; it {ends}"
+    return (
+        f"against {rival.optimizer} needs {_pair(hybrid.seconds, rival.seconds, _seconds, 'less')} and "
+        f"{_pair(hybrid.steps, rival.steps, _updates, 'fewer')} to {loss:.3g}; {memory}"
+    )
+
+
+def _alone(standing: _Standing) -> str:
+    if standing.steps is None or standing.seconds is None:
+        return f"ends at {standing.final_loss:.3g} and does not reach the target"
+    return f"is there after {_seconds(standing.seconds)} and {_updates(standing.steps)}"
+
+
+def _pair(ours: float, theirs: float, show: Callable[[float], str], less: str) -> str:
+    """Write two quantities and their ratio.
+
+    Example:
+      >>> from dho2_optax.poc import verdict
+      >>> verdict._pair(2.0, 3.0, verdict._seconds, "less")
+      '2.00 s instead of 3.00 s (1.50 times less)'
+    """
+    text = f"{show(ours)} instead of {show(theirs)}"
+    if not (ours and theirs) or round(max(ours, theirs) / min(ours, theirs), 2) == 1:
+        return text
+    return f"{text} ({max(ours, theirs) / min(ours, theirs):.2f} times {less if ours < theirs else 'more'})"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s"
+
+
+def _updates(value: float) -> str:
+    return f"{value:.0f} updates"
