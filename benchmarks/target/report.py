@@ -264,8 +264,8 @@ steps to the mean final loss of another method, the seconds they take, and how m
 that set the target: the first crossing of the mean curve or, where it is sooner, the shortest schedule of 1/2
 or 2/3 of the length that ends at the target or below, for methods that were trained with such. A method of which a seed
 diverged counts as not reaching. Step times were taken alone, several methods of a task in turns in one process (which
-ones, `_timing.json` of the task says), compilation excluded. The test loss of convection, poisson and burgers is the
-relative error in the L2 norm.
+ones, `_timing.json` of the task says), compilation excluded. The test loss of differential equations and
+of `image_field` is the relative error in the L2 norm.
 
 Hybrids refresh every 100 updates, which was the default before `dho2_adam_interval50` and `dho2_adam_often` were made;
 it is 50 since, as in these two.
