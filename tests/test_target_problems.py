@@ -1,4 +1,6 @@
-"""The scientific problems of `benchmarks.target`: their references, how points are drawn, and that training helps.
+"""The scientific problems of `benchmarks.target`, and the methods that are there for full batches only.
+
+Of the problems: their references, how points are drawn, and that training helps.
 
 That exact solutions have no loss is tested for all equations in `test_benchmarks.py`.
 """
@@ -10,11 +12,15 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from benchmarks.target import spectral, tasks, training
+from benchmarks.target import methods, spectral, tasks, training
 from benchmarks.target.equations import EQUATIONS
+from benchmarks.target.interface import Method, Setting
 from benchmarks.target.methods import METHODS
+from benchmarks.target.store import Store
+from benchmarks.target.study import Study
 
 
 def _line(count=128, low=0.0, high=1.0):
@@ -150,7 +156,7 @@ def test_points_are_drawn_anew_at_each_update(name):
 def _small(name):
     """The task on few points, so that a step is short."""
     task = tasks.build(name, tasks.Sources())
-    count = 1024 if name == "image_field" else 128
+    count = 512 if name == "image_field" else 128
     stride = len(jax.tree.leaves(task.train)[0]) // count
     return dataclasses.replace(task, train=jax.tree.map(lambda x: x[::stride], task.train), num_eval=count)
 
@@ -175,10 +181,97 @@ def test_the_image_has_pixels_of_a_formula_and_is_tested_between_them():
     values = task.train["values"]
     expected = (
         0.5
-        + 0.2 * np.cos(8 * np.pi * (x**2 + y**2))
+        + 0.2 * np.cos(16 * np.pi * (x**2 + y**2))
         + 0.3 * np.tanh(20 * (0.25 - np.sqrt((x - 0.6) ** 2 + (y - 0.4) ** 2 + 1e-4)))
     )
     assert values[1] == pytest.approx(expected, rel=1e-5)
     assert values.min() >= 0
     assert values.max() <= 1
     assert values.std() > 0.2
+
+
+@pytest.fixture(scope="module")
+def line():
+    """Least squares with a spread of curvatures, 16 samples."""
+    x = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32) * np.logspace(0, -1.5, 6, dtype=np.float32)
+    samples = {"x": x, "y": x.sum(axis=1)}
+    return tasks.Target(
+        "line",
+        lambda key: {"kernel": jnp.zeros(6)},
+        lambda params, batch: jnp.mean((batch["x"] @ params["kernel"] - batch["y"]) ** 2),
+        samples,
+        samples,
+    )
+
+
+def _train(trainer, task, params, steps):
+    batch = jax.tree.map(jnp.asarray, task.train)
+    carry = trainer.init(params, batch)
+    step = jax.jit(trainer.step)
+    for _ in range(steps):
+        carry, _ = step(carry, batch)
+    return trainer.params(carry)
+
+
+def test_adam_has_half_of_the_updates_and_then_it_is_the_turn_of_lbfgs(line):
+    start = line.init(jax.random.key(0))
+    together = METHODS["adam_lbfgs"].build(Setting(line, 16, 0.05, 20))
+    of_adam = _train(METHODS["adam"].build(Setting(line, 16, 0.05, 10)), line, start, 10)
+    np.testing.assert_allclose(_train(together, line, start, 10)["kernel"], of_adam["kernel"], rtol=1e-6)
+    after = _train(METHODS["lbfgs"].build(Setting(line, 16, 10, 10)), line, of_adam, 10)
+    found = _train(together, line, start, 20)
+    np.testing.assert_allclose(found["kernel"], after["kernel"], rtol=1e-3)
+    assert line.loss_fn(found, line.train) < 1e-3 * line.loss_fn(of_adam, line.train)
+
+
+@pytest.mark.parametrize("name", ["adam_broyden", "nys_newton_cg"])
+def test_the_methods_for_full_batches_solve_least_squares(line, name):
+    start = line.init(jax.random.key(0))
+    if name == "adam_broyden":
+        trainer, steps = METHODS[name].build(Setting(line, 16, 0.05, 60)), 60
+    else:  # with a smaller sketch than of 60 vectors
+        trainer, steps = methods._newton(Setting(line, 16, 1e-4, 20), rank=3, steps=10), 20
+    found = _train(trainer, line, start, steps)
+    assert line.loss_fn(found, line.train) < 1e-6 * line.loss_fn(start, line.train)
+    assert int(trainer.products(trainer.init(start, line.train))) == 0
+
+
+def test_on_the_full_batch_lbfgs_starts_with_the_gradient_at_which_its_search_has_ended(line):
+    """The steps are those of fresh gradients, though the loss is the one in the state."""
+    batch = jax.tree.map(jnp.asarray, line.train)
+    twice = dataclasses.replace(line, train=jax.tree.map(lambda x: np.concatenate([x, x]), line.train))
+    reused, fresh = (METHODS["lbfgs"].build(Setting(task, 16, 4, 10)) for task in (line, twice))
+    one_of, other_of = jax.jit(reused.step), jax.jit(fresh.step)
+    one = other = reused.init(line.init(jax.random.key(0)), batch)
+    for _ in range(4):
+        (one, loss), (other, right) = one_of(one, batch), other_of(other, batch)
+        np.testing.assert_allclose(one[0]["kernel"], other[0]["kernel"], rtol=1e-4)
+        np.testing.assert_allclose(loss, right, rtol=1e-4)
+    marked = optax.tree.set(one[1], value=jnp.float32(7.0))
+    assert one_of((one[0], marked), batch)[1] == 7
+    assert other_of((one[0], marked), batch)[1] < 1
+
+
+def test_a_study_leaves_out_what_is_not_made_for_it(line, tmp_path):
+    log = []
+    few = dataclasses.replace(METHODS["sgd"], most_parameters=5)
+    names = {"sgd": METHODS["sgd"], "few": few, "adam_lbfgs": METHODS["adam_lbfgs"]}
+    study = Study(line, names, 8, 4, Store(tmp_path), seeds=1, log=log.append)
+    assert log == [
+        "few is left out: for up to 5 parameters, here are 6",
+        "adam_lbfgs is left out: for batches of all 16 samples only",
+    ]
+    study.time(chunk=1, repeats=1)
+    assert set(Store(tmp_path).times()) == {"sgd"}
+    assert METHODS["adam_lbfgs"].unfit(line, 16) is None
+    assert METHODS["adam_broyden"].unfit(tasks.build("digits_mlp", tasks.Sources()), 1437) is not None
+    assert all(METHODS["adam_broyden"].unfit(_small(name), 128) is None for name in ("wave", "burgers_drawn"))
+
+
+@pytest.mark.parametrize(("steady", "counted"), [(True, 2), (False, 3)])
+def test_the_time_of_a_step_is_the_mean_over_all_of_a_run_that_is_not_steady(line, steady, counted):
+    method = Method("", "baseline", METHODS["sgd"].build, {"default": 0.1}, steady=steady)
+    found = training.time_steps({"sgd": (training.Program(line, method, 16), 0.1)}, chunk=2, repeats=2)["sgd"]
+    assert len(found["chunks"]) == counted
+    middle = np.mean if not steady else np.median
+    assert found["seconds_per_step"] == pytest.approx(middle(found["chunks"]))

@@ -95,7 +95,7 @@ class FourierFeatureNetwork(nn.Module):
     The waves are the same for all parameters and seeds.
     """
 
-    waves: int = 64
+    waves: int = 32
     frequency: float = 4.0  # standard deviation, in periods of a unit of length
     hidden: tuple[int, ...] = (64, 64)
 

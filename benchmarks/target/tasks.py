@@ -219,7 +219,7 @@ def _equation(name: str, sources: Sources, *, drawn: bool = False) -> Target:
 def image(point: jax.Array) -> jax.Array:
     """The grey value, from 0 to 1, at a point of the unit square: rings that get finer outwards, and a soft disc."""
     x, y = point
-    rings = jnp.cos(8 * jnp.pi * (x**2 + y**2))
+    rings = jnp.cos(16 * jnp.pi * (x**2 + y**2))
     disc = jnp.tanh(20 * (0.25 - jnp.sqrt((x - 0.6) ** 2 + (y - 0.4) ** 2 + 1e-4)))
     return 0.5 + 0.2 * rings + 0.3 * disc
 

@@ -159,8 +159,9 @@ def time_steps(
 ) -> dict[str, dict[str, Any]]:
     """Measures the seconds per step of several methods on one task, in turns, so that all see the same machine.
 
-    Each method makes one training run of ``(repeats + 1) * chunk`` steps in chunks, of which the first is not counted.
-    Batches are placed on the device before, and go round.
+    Each method makes one training run of ``(repeats + 1) * chunk`` steps in chunks. The first is not counted, unless
+    the method takes longer in some parts of a run than in others (`Method.steady`). Batches are placed on the device
+    before, and go round.
 
     Args:
       programs: by name, a program and its rate.
@@ -169,12 +170,14 @@ def time_steps(
       seed: of parameters and batches.
 
     Returns:
-      By name "seconds_per_step", the median over chunks of a chunk's mean, "chunks", those means,
+      By name "seconds_per_step", the median over chunks of a chunk's mean (the mean over all, for a method that is not
+      steady), "chunks", those means,
       "products_per_step", and "first_step_seconds", which is compilation nearly all.
     """
     first, _ = next(iter(programs.values()))
     source = batches(first.task, first.batch_size, seed)
     fixed = jax.block_until_ready([next(source) for _ in range(_NUM_TIMING_BATCHES)])
+    steady = {name: program.method.steady for name, (program, _) in programs.items()}
     runs: dict[str, Any] = {}
     for name, (program, rate) in programs.items():
         begin = time.perf_counter()
@@ -183,7 +186,7 @@ def time_steps(
         seconds = time.perf_counter() - begin
         runs[name] = [carry, step, trainer, {"first_step_seconds": seconds, "chunks": []}]
     for repeat in range(repeats + 1):
-        for entry in runs.values():
+        for name, entry in runs.items():
             carry, step, trainer, result = entry
             before = int(trainer.products(carry))
             begin = time.perf_counter()
@@ -192,10 +195,13 @@ def time_steps(
             jax.block_until_ready(carry)
             seconds = (time.perf_counter() - begin) / chunk
             entry[0] = carry
-            if repeat:
+            if repeat or not steady[name]:
                 result["chunks"].append(seconds)
                 result["products_per_step"] = (int(trainer.products(carry)) - before) / chunk
     return {
-        name: {"seconds_per_step": statistics.median(result["chunks"]), **result}
+        name: {
+            "seconds_per_step": (statistics.median if steady[name] else statistics.fmean)(result["chunks"]),
+            **result,
+        }
         for name, (_, _, _, result) in runs.items()
     }
