@@ -63,7 +63,8 @@ def test_systems_are_solved_in_fewer_products_with_a_larger_sketch():
     exact = jnp.linalg.solve(_spd() + 0.01 * jnp.eye(SIZE), right)
     counts = []
     for rank in (2, 20):
-        solution, count = _solve(_spd(), right, rank)
+        solution, count, indefinite = _solve(_spd(), right, rank)
+        assert not indefinite
         np.testing.assert_allclose(solution, exact, rtol=1e-8)
         counts.append(int(count))
     assert counts[1] < counts[0] / 2
@@ -74,7 +75,8 @@ def test_systems_are_solved_in_fewer_products_with_a_larger_sketch():
 def test_a_direction_of_negative_curvature_ends_the_solution_downhill():
     matrix = _matrix(np.linspace(1, -5, SIZE))
     right = jnp.ones(SIZE)
-    solution, count = _solve(matrix, right, 4)
+    solution, count, indefinite = _solve(matrix, right, 4)
+    assert indefinite
     assert int(count) <= 3
     assert np.all(np.isfinite(solution))
     assert right @ solution > 0
@@ -110,6 +112,28 @@ def test_nys_newton_solves_a_quadratic_in_one_update_but_for_its_damping():
         found = 1 - np.concatenate([params["a"], params["b"].ravel()])
         np.testing.assert_allclose(found, error, atol=1e-9)
         assert int(state.products) - before >= (11 if count % 2 == 0 else 1)
+
+
+def test_nys_newton_descends_from_where_the_loss_is_concave():
+    """Directions of negative curvature do not add up from update to update."""
+    loss_fn = lambda params, batch: jnp.sum(jnp.cos(params * batch))  # noqa: E731
+    tx = newton.nys_newton_cg(loss_fn, 1e-2, rank=3, interval=5)
+    params, batch = jnp.linspace(0.05, 0.2, 6), jnp.arange(1.0, 7.0)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, state = tx.update(grads, state, params, value=value, batch=batch)
+        return optax.apply_updates(params, updates), state, value
+
+    values = []
+    for _ in range(30):
+        params, state, value = step(params, state)
+        values.append(float(value))
+    assert np.all(np.diff(values) <= 1e-12)
+    assert values[0] > 3
+    assert values[-1] == pytest.approx(-6, abs=1e-6)
 
 
 def test_the_broyden_inverse_meets_the_secant_condition_and_stays_positive_definite():

@@ -33,6 +33,8 @@ _HYBRID = {"rank": 8, "order": 16}
 _DHO2 = {**_HYBRID, "refresh_interval": 100}
 _MR_DHO2 = {**_HYBRID, "probe_interval": 4}
 _FOSI = {"rank": 10, "refresh_interval": 50}
+_NYS_NEWTON = {"rank": 60, "interval": 20, "steps": 100}  # as published, but there with up to 1000 steps
+_NYS_NEWTON_DAMPING = 0.01
 
 SGD_CENTRES = {
     "default": 0.1,
@@ -164,13 +166,13 @@ def _newton(setting: Setting, **options: Any) -> Trainer:
     return _trainer(tx, _gradients(loss_fn, _with_batch), lambda state: state.products)
 
 
-def _nys_newton(steps: int, kind: Literal["baseline", "ablation"]) -> Method:
-    options = {"rank": 60, "interval": 20, "steps": steps}
+def _nys_newton(kind: Literal["baseline", "ablation"], **given: Any) -> Method:
+    options = {**_NYS_NEWTON, **given}
     return Method(
-        f"NysNewton-CG, {steps} steps of conjugate gradients at most",
+        f"NysNewton-CG, {options['steps']} steps of conjugate gradients at most",
         kind,
         functools.partial(_newton, **options),
-        {"default": 0.01},
+        {"default": _NYS_NEWTON_DAMPING},
         options,
         rate_name="damping",
         only_full_batch=True,
@@ -204,19 +206,20 @@ def _in_turn(first: Trainer, second: Trainer, switch: Any) -> Trainer:
         after, loss = jax.lax.cond(carry.count < switch, early, late)
         return after._replace(count=carry.count + 1), loss
 
-    return Trainer(init, step, lambda carry: carry.params)
+    return Trainer(init, step, lambda carry: carry.params, lambda carry: second.products((carry.params, carry.second)))
 
 
-def _adam_then(description: str, make: Callable[[], optax.GradientTransformationExtraArgs], **limits: Any) -> Method:
-    """Half of the updates by Adam on a schedule of that length, the rest by a method with a line search."""
+def _adam_then(description: str, second: Callable[[Setting], Trainer], **fields: Any) -> Method:
+    """Half of the updates by Adam, on a schedule of that length, and the rest by another method without a rate."""
 
     def build(setting: Setting) -> Trainer:
         half = setting.num_steps // 2
         of_adam = setting._replace(num_steps=half)
         adam = _trainer(optax.adam(of_adam.schedule), _gradients(setting.task.loss_fn))
-        return _in_turn(adam, _searching(setting, make()), half)
+        return _in_turn(adam, second(setting), half)
 
-    return Method(description, "baseline", build, ADAM_CENTRES, steady=False, only_full_batch=True, **limits)
+    description = f"Adam for half of the updates, then {description}"
+    return Method(description, "baseline", build, ADAM_CENTRES, steady=False, only_full_batch=True, **fields)
 
 
 def _fosi(base: str, **options: Any) -> Method:
@@ -335,14 +338,19 @@ METHODS: dict[str, Method] = {
     "soap": _baseline("soap", "SOAP (ours, dho2_optax.soap), bases renewed every 10 steps"),
     "sophia": _baseline("sophia", "Sophia (optax.contrib), Hutchinson's estimator every 10 steps"),
     "lbfgs": _lbfgs(),
-    "adam_lbfgs": _adam_then("Adam for half of the updates, then L-BFGS (optax), memory 10", optax.lbfgs),
+    "adam_lbfgs": _adam_then("L-BFGS (optax), memory 10", lambda setting: _searching(setting, optax.lbfgs())),
     "adam_broyden": _adam_then(
-        "Adam for half of the updates, then self-scaled Broyden, a dense matrix",
-        newton.self_scaled_broyden,
+        "self-scaled Broyden, a dense matrix",
+        lambda setting: _searching(setting, newton.self_scaled_broyden()),
         most_parameters=10_000,
     ),
-    "nys_newton_cg": _nys_newton(100, "baseline"),
-    "nys_newton_cg_1000": _nys_newton(1000, "ablation"),
+    "adam_nys_newton_cg": _adam_then(
+        f"NysNewton-CG, damping {_NYS_NEWTON_DAMPING}, 100 steps of conjugate gradients at most",
+        lambda setting: _newton(setting._replace(rate=_NYS_NEWTON_DAMPING), **_NYS_NEWTON),
+        options={"damping": _NYS_NEWTON_DAMPING, **_NYS_NEWTON},
+    ),
+    "nys_newton_cg": _nys_newton("baseline"),
+    "nys_newton_cg_1000": _nys_newton("ablation", steps=1000),
     "fosi_sgd": _fosi("sgd"),
     "fosi_adam": _fosi("adam"),
     "dho2_sgd": _dho2("sgd"),

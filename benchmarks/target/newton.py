@@ -69,13 +69,13 @@ class _Solve(NamedTuple):
 
 def solve(
     product: Product, right: Vector, start: Vector, sketch: Sketch, damping: Any, *, steps: int, tolerance: float
-) -> tuple[Vector, jax.Array]:
+) -> tuple[Vector, jax.Array, jax.Array]:
     """Solves ``(A + damping) x = right`` by preconditioned conjugate gradients (algorithm 6 of 2402.01868).
 
     Unlike there it stops at a direction of no positive curvature; that direction is the result if there is no other.
 
     Returns:
-      The solution, and how many products were made.
+      The solution, how many products were made, and whether a direction had no positive curvature.
     """
 
     def damped(vector: Vector) -> Vector:
@@ -106,14 +106,14 @@ def solve(
     scaled = precondition(sketch, damping, residual)
     first = _Solve(start, residual, scaled, scaled, jnp.ones((), jnp.int32), jnp.zeros((), bool))
     last = jax.lax.while_loop(go_on, step, first)
-    return last.solution, last.count
+    return last.solution, last.count, last.indefinite
 
 
 class NysNewtonState(NamedTuple):
     """State of :func:`nys_newton_cg`."""
 
     count: jax.Array  # shape=(), int32: updates
-    direction: Vector  # shape=(n,): the last solution, where the next one starts
+    direction: Vector  # shape=(n,): where the next solution starts
     sketch: Sketch
     products: jax.Array  # shape=(), int32: products with the Hessian
 
@@ -130,8 +130,9 @@ def nys_newton_cg(
 ) -> optax.GradientTransformationExtraArgs:
     """NysNewton-CG: damped Newton steps by conjugate gradients, preconditioned by a sketch of the Hessian.
 
-    The defaults are the published ones. Each system is solved from the solution of the last. The step is halved, from 1
-    on, until it meets Armijo's rule. Where 30 halvings do not help there is no step.
+    The defaults are the published ones. Each system is solved from the solution of the last. Unlike there it is solved
+    from zero where the last was indefinite or led to no step: solutions would grow without bound. The step is halved,
+    from 1 on, until it meets Armijo's rule. Where 30 halvings do not help there is no step.
 
     Args:
       loss_fn: maps (parameters, batch) to the loss.
@@ -168,10 +169,13 @@ def nys_newton_cg(
         key = jax.random.fold_in(jax.random.key(seed), state.count)
         renew = state.count % interval == 0
         sketch = jax.lax.cond(renew, lambda: nystrom(product, key, at.size, rank), lambda: state.sketch)
-        direction, made = solve(product, gradient, state.direction, sketch, damping, steps=steps, tolerance=tolerance)
+        direction, made, indefinite = solve(
+            product, gradient, state.direction, sketch, damping, steps=steps, tolerance=tolerance
+        )
         length = armijo(lambda t: loss(at - t * direction), value, -(gradient @ direction))
-        made = made + jnp.where(renew, rank, 0)
-        return unravel(-length * direction), NysNewtonState(state.count + 1, direction, sketch, state.products + made)
+        kept = jnp.where(indefinite | (length == 0), 0, direction)
+        products = state.products + made + jnp.where(renew, rank, 0)
+        return unravel(-length * direction), NysNewtonState(state.count + 1, kept, sketch, products)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
