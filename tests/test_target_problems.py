@@ -11,11 +11,12 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import matplotlib.image
 import numpy as np
 import optax
 import pytest
 
-from benchmarks.target import methods, spectral, tasks, training
+from benchmarks.target import methods, report, spectral, tasks, training
 from benchmarks.target.equations import EQUATIONS
 from benchmarks.target.interface import Method, Setting
 from benchmarks.target.methods import METHODS
@@ -170,6 +171,9 @@ def test_a_short_training_lowers_loss_and_error(name):
     assert found["status"] == "ok"
     assert found["final_loss"] < 0.5 * found["losses"][0]
     assert found["test_loss"] < 0.95 * start
+    assert len(found["errors"]) == len(found["losses"])
+    assert found["errors"][0] == pytest.approx(start, rel=1e-4)
+    assert found["errors"][-1] == found["test_loss"]
 
 
 def test_the_image_has_pixels_of_a_formula_and_is_tested_between_them():
@@ -275,3 +279,22 @@ def test_the_time_of_a_step_is_the_mean_over_all_of_a_run_that_is_not_steady(lin
     assert len(found["chunks"]) == counted
     middle = np.mean if not steady else np.median
     assert found["seconds_per_step"] == pytest.approx(middle(found["chunks"]))
+
+
+def test_the_memory_of_a_step_counts_what_the_optimizer_keeps(line):
+    programs = {name: (training.Program(line, METHODS[name], 16), 0.1) for name in ("sgd", "adam")}
+    found = training.time_steps(programs, chunk=1, repeats=1)
+    batch = sum(leaf.nbytes for leaf in line.train.values())
+    assert found["sgd"]["bytes"] >= batch + 2 * 6 * 4  # parameters and momentum
+    assert found["adam"]["bytes"] >= batch + 3 * 6 * 4
+    assert found["adam"]["bytes"] > found["sgd"]["bytes"]
+
+
+def test_errors_are_plotted_beside_the_losses(tmp_path):
+    run = {"status": "ok", "steps": [0, 10, 20], "losses": [2.0, 1.0, 0.5], "errors": [1.0, 0.5, 0.1]}
+    row = report.Row("adam", {"kind": "baseline"}, 1.0, {1.0: 0.0}, [run], {}, 0.1, 2**21)
+    sizes = []
+    for rows in ([row], [dataclasses.replace(row, finals=[{k: v for k, v in run.items() if k != "errors"}])]):
+        report.plot(report.Summary("a_64", 20, rows, {}), tmp_path / "plot.png")
+        sizes.append(matplotlib.image.imread(tmp_path / "plot.png").shape[:2])
+    assert sizes == [(1000, 1600), (500, 800)]

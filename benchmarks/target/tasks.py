@@ -47,12 +47,14 @@ class Target(Task):
       predictions: in one sample; every character of a sequence is one.
       curvature_share: the part of a batch that hybrids make their products on.
       test_loss_fn: maps (parameters, batch) to the mean loss in tests, where that is not `loss_fn`.
+      has_solution: the test loss is the relative error in the L2 norm; it is followed along a run too.
     """
 
     num_eval: int = 10_000
     predictions: int = 1
     curvature_share: float = 1 / 8
     test_loss_fn: Callable[[Any, Any], jax.Array] | None = None
+    has_solution: bool = False
 
 
 class Sources(NamedTuple):
@@ -213,6 +215,7 @@ def _equation(name: str, sources: Sources, *, drawn: bool = False) -> Target:
         {"points": equation.points(_TEST_POINTS, seed=1)},
         curvature_share=1.0,
         test_loss_fn=lambda params, batch: relative_error(network(params), equation.solution, batch["points"]),
+        has_solution=True,
     )
 
 
@@ -243,6 +246,7 @@ def _image_field(sources: Sources) -> Target:
         sampled(between),
         curvature_share=1.0,
         test_loss_fn=lambda params, batch: relative_error(network(params), image, batch["points"]),
+        has_solution=True,
     )
 
 
