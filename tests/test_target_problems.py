@@ -8,6 +8,7 @@ That exact solutions have no loss is tested for all equations in `test_benchmark
 import dataclasses
 import functools
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import machine
+from benchmarks.target import __main__ as command
 from benchmarks.target import methods, report, spectral, tasks, training
 from benchmarks.target.equations import EQUATIONS
 from benchmarks.target.interface import Method, Setting
@@ -265,6 +268,8 @@ def test_a_study_leaves_out_what_is_not_made_for_it(line, tmp_path):
         "few is left out: for up to 5 parameters, here are 6",
         "adam_lbfgs is left out: for batches of all 16 samples only",
     ]
+    with pytest.raises(ValueError, match="no method is left for line at batch size 8"):
+        Study(line, {"few": few}, 8, 4, Store(tmp_path), log=log.append)
     study.time(chunk=1, repeats=1)
     assert set(Store(tmp_path).times()) == {"sgd"}
     assert METHODS["adam_lbfgs"].unfit(line, 16) is None
@@ -298,3 +303,21 @@ def test_errors_are_plotted_beside_the_losses(tmp_path):
         report.plot(report.Summary("a_64", 20, rows, {}), tmp_path / "plot.png")
         sizes.append(matplotlib.image.imread(tmp_path / "plot.png").shape[:2])
     assert sizes == [(1000, 1600), (500, 800)]
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "message"),
+    [
+        ("burgers_drawn", "adam_lbfgs", "error: no method is left for burgers_drawn at batch size 1024"),
+        ("wave", "newton", "error: unknown methods ['newton']: choose from"),
+    ],
+)
+def test_the_command_says_in_one_line_what_cannot_be_run(task, method, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "keep_memory", lambda module: None)  # which would start the program again
+    monkeypatch.setattr(
+        sys, "argv", ["target", task, "--batch-size", "1024", "--methods", method, "--out", str(tmp_path)]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -272,7 +272,9 @@ Written by `python -m benchmarks.target.report` from the files in `benchmarks/re
 Every method has the same schedule (5% linear warm-up, cosine to zero) and the same rule for its peak learning rate:
 five values, each twice the one before, on a seed of its own; while the best is at the edge the grid gets one more value
 beyond it, up to four times. "tried" is what came of that; a best value that is still at the edge is marked. `lbfgs` has
-a line search instead of a learning rate; how many pairs it remembers is tuned.
+a line search instead of a learning rate; how many pairs it remembers is tuned. `nys_newton_cg` is tuned in its damping.
+Methods named `adam_...` give Adam half of the updates; its rate is tuned, and the other half has none. Their time of a
+step is the mean over both halves. What a line search evaluates is in the time of a step.
 
 Losses are means over the seeds, with their standard deviation, on a fixed part of the training data. "To a loss" is the
 steps to the mean final loss of another method, the seconds they take, and how many times faster that is than the method

@@ -54,6 +54,9 @@ class Study:
       seeds: how many runs at the best rate, with seeds from 0.
       shortened: the kinds of methods that are also trained with shortened schedules.
       log: takes lines about what happens.
+
+    Raises:
+      ValueError: if all methods are left out.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class Study:
         for name, reason in reasons.items():
             if reason is not None:
                 log(f"{name} is left out: {reason}")
+        if not self._methods:
+            raise ValueError(f"no method is left for {task.name} at batch size {batch_size}")
 
     def tune(self, names: Sequence[str] | None = None) -> None:
         """Tries the grid of each method, with a seed that is used for nothing else."""
