@@ -28,7 +28,7 @@ class Sketch(NamedTuple):
 
 
 def nystrom(product: Product, key: jax.Array, size: int, rank: int) -> Sketch:
-    """The randomized Nystrom approximation of a symmetric matrix (Frangella et al., 2023; algorithm 5 of 2402.01868).
+    """The randomized Nystrom approximation of a symmetric matrix (Frangella et al., 2023).
 
     Where the matrix has a negative eigenvalue on the sketch it is shifted by twice that. As much as that, which is
     published, leaves a singular factor, and eigenvalues without bound.
@@ -70,7 +70,7 @@ class _Solve(NamedTuple):
 def solve(
     product: Product, right: Vector, start: Vector, sketch: Sketch, damping: Any, *, steps: int, tolerance: float
 ) -> tuple[Vector, jax.Array, jax.Array]:
-    """Solves ``(A + damping) x = right`` by preconditioned conjugate gradients (algorithm 6 of 2402.01868).
+    """Solves ``(A + damping) x = right`` by conjugate gradients with the Nystrom preconditioner.
 
     Unlike there it stops at a direction of no positive curvature; that direction is the result if there is no other.
 
