@@ -44,16 +44,19 @@ def main() -> None:
     machine.keep_memory("benchmarks.target")
     store = Store(arguments.out / f"{arguments.task}_{arguments.batch_size}", machine.describe(sys.argv))
     if arguments.phase != "report":
-        study = Study(
-            tasks.build(arguments.task, tasks.Sources(arguments.data, arguments.text)),
-            select(arguments.methods),
-            arguments.batch_size,
-            arguments.steps,
-            store,
-            seeds=arguments.seeds,
-            shortened=arguments.shortened,
-            log=lambda line: print(line, flush=True),
-        )
+        try:
+            study = Study(
+                tasks.build(arguments.task, tasks.Sources(arguments.data, arguments.text)),
+                select(arguments.methods),
+                arguments.batch_size,
+                arguments.steps,
+                store,
+                seeds=arguments.seeds,
+                shortened=arguments.shortened,
+                log=lambda line: print(line, flush=True),
+            )
+        except ValueError as error:
+            parser.error(str(error))
         timing = {"chunk": arguments.chunk, "repeats": arguments.repeats}
         phases = {
             "all": lambda: study.all(**timing),

@@ -60,6 +60,9 @@ class Method:
       limits: smallest and largest value that tuning may try.
       compiled: "once": `init` and `step` are pure, and may be traced with a traced rate and length. "for each rate":
         they are pure, but rate and length must be numbers. "by itself": the trainer compiles what it needs.
+      steady: all parts of a run take the same time. If not, the time of a step is the mean over a whole run.
+      only_full_batch: it is left out where a batch is not all of the training data.
+      most_parameters: it is left out where a task has more.
     """
 
     description: str
@@ -70,7 +73,19 @@ class Method:
     rate_name: str = "learning rate"
     limits: tuple[float, float] = (0.0, float("inf"))
     compiled: Literal["once", "for each rate", "by itself"] = "once"
+    steady: bool = True
+    only_full_batch: bool = False
+    most_parameters: float = float("inf")
 
     def centre(self, task: str) -> float:
         """The centre of the grid for a task."""
         return self.centres.get(task, self.centres["default"])
+
+    def unfit(self, task: Target, batch_size: int) -> str | None:
+        """Why the method is left out on a task, or None if it is not."""
+        if self.only_full_batch and batch_size < task.num_train:
+            return f"for batches of all {task.num_train} samples only"
+        count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))))
+        if count > self.most_parameters:
+            return f"for up to {self.most_parameters:g} parameters, here are {count}"
+        return None

@@ -14,7 +14,7 @@ what is not installed everywhere.
 import contextlib
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from optax import contrib
 
 import dho2_optax as dho2
 from benchmarks.options import grouped
+from benchmarks.target import newton
 from benchmarks.target.interface import Method, Setting, Trainer
 from benchmarks.target.safeguards import SAFEGUARDS
 
@@ -32,6 +33,8 @@ _HYBRID = {"rank": 8, "order": 16}
 _DHO2 = {**_HYBRID, "refresh_interval": 100}
 _MR_DHO2 = {**_HYBRID, "probe_interval": 4}
 _FOSI = {"rank": 10, "refresh_interval": 50}
+_NYS_NEWTON = {"rank": 60, "interval": 20, "steps": 100}  # as published, but there with up to 1000 steps
+_NYS_NEWTON_DAMPING = 0.01
 
 SGD_CENTRES = {
     "default": 0.1,
@@ -125,27 +128,98 @@ def _baseline(base: str, description: str) -> Method:
     return Method(description, "baseline", build, _CENTRES.get(base, ADAM_CENTRES))
 
 
+def _searching(setting: Setting, tx: optax.GradientTransformationExtraArgs) -> Trainer:
+    """A trainer with a line search on the batch, whose evaluations of loss and gradient are part of the step.
+
+    On the full batch the search of the last update has ended where this one starts, so its gradient is used again.
+    """
+    loss_fn = setting.task.loss_fn
+
+    def gradients(params: Any, state: Any, batch: Any) -> tuple[Any, Any, dict[str, Any]]:
+        value_fn = lambda params: loss_fn(params, batch)  # noqa: E731
+        if setting.batch_size == setting.task.num_train:
+            loss, grads = optax.value_and_grad_from_state(value_fn)(params, state=state)
+        else:
+            loss, grads = jax.value_and_grad(value_fn)(params)
+        return loss, grads, {"value": loss, "grad": grads, "value_fn": value_fn}
+
+    return _trainer(tx, gradients)
+
+
 def _lbfgs() -> Method:
     """L-BFGS with its line search on the batch; tuned is how many pairs it remembers, instead of a learning rate."""
-
-    def build(setting: Setting) -> Trainer:
-        loss_fn = setting.task.loss_fn
-
-        def extra(batch: Any, loss: Any, grads: Any) -> dict[str, Any]:
-            # Of this batch: what the line search left in the state belongs to the last one.
-            return {"value": loss, "grad": grads, "value_fn": lambda params: loss_fn(params, batch)}
-
-        return _trainer(optax.lbfgs(memory_size=int(setting.rate)), _gradients(loss_fn, extra))
-
     return Method(
         "L-BFGS (optax), zoom line search on each batch",
         "baseline",
-        build,
+        lambda setting: _searching(setting, optax.lbfgs(memory_size=int(setting.rate))),
         {"default": 8},
         rate_name="memory",
         limits=(1, 64),
         compiled="for each rate",
     )
+
+
+def _newton(setting: Setting, **options: Any) -> Trainer:
+    """NysNewton-CG; what is tuned is its damping."""
+    loss_fn = setting.task.loss_fn
+    tx = newton.nys_newton_cg(loss_fn, setting.rate, **options)
+    return _trainer(tx, _gradients(loss_fn, _with_batch), lambda state: state.products)
+
+
+def _nys_newton(kind: Literal["baseline", "ablation"], **given: Any) -> Method:
+    options = {**_NYS_NEWTON, **given}
+    return Method(
+        f"NysNewton-CG, {options['steps']} steps of conjugate gradients at most",
+        kind,
+        functools.partial(_newton, **options),
+        {"default": _NYS_NEWTON_DAMPING},
+        options,
+        rate_name="damping",
+        only_full_batch=True,
+    )
+
+
+class _Turns(NamedTuple):
+    """The carry of `_in_turn`."""
+
+    params: Any
+    first: Any  # optimizer state
+    second: Any
+    count: jax.Array  # shape=(), int32: updates
+
+
+def _in_turn(first: Trainer, second: Trainer, switch: Any) -> Trainer:
+    """Trains by one method for `switch` updates, and from there on by another; both made by `_trainer`."""
+
+    def init(params: Any, batch: Any) -> _Turns:
+        return _Turns(params, first.init(params, batch)[1], second.init(params, batch)[1], jnp.zeros((), jnp.int32))
+
+    def step(carry: _Turns, batch: Any) -> tuple[_Turns, jax.Array]:
+        def early() -> tuple[_Turns, jax.Array]:
+            (params, state), loss = first.step((carry.params, carry.first), batch)
+            return carry._replace(params=params, first=state), loss
+
+        def late() -> tuple[_Turns, jax.Array]:
+            (params, state), loss = second.step((carry.params, carry.second), batch)
+            return carry._replace(params=params, second=state), loss
+
+        after, loss = jax.lax.cond(carry.count < switch, early, late)
+        return after._replace(count=carry.count + 1), loss
+
+    return Trainer(init, step, lambda carry: carry.params, lambda carry: second.products((carry.params, carry.second)))
+
+
+def _adam_then(description: str, second: Callable[[Setting], Trainer], **fields: Any) -> Method:
+    """Half of the updates by Adam, on a schedule of that length, and the rest by another method without a rate."""
+
+    def build(setting: Setting) -> Trainer:
+        half = setting.num_steps // 2
+        of_adam = setting._replace(num_steps=half)
+        adam = _trainer(optax.adam(of_adam.schedule), _gradients(setting.task.loss_fn))
+        return _in_turn(adam, second(setting), half)
+
+    description = f"Adam for half of the updates, then {description}"
+    return Method(description, "baseline", build, ADAM_CENTRES, steady=False, only_full_batch=True, **fields)
 
 
 def _fosi(base: str, **options: Any) -> Method:
@@ -264,6 +338,19 @@ METHODS: dict[str, Method] = {
     "soap": _baseline("soap", "SOAP (ours, dho2_optax.soap), bases renewed every 10 steps"),
     "sophia": _baseline("sophia", "Sophia (optax.contrib), Hutchinson's estimator every 10 steps"),
     "lbfgs": _lbfgs(),
+    "adam_lbfgs": _adam_then("L-BFGS (optax), memory 10", lambda setting: _searching(setting, optax.lbfgs())),
+    "adam_broyden": _adam_then(
+        "self-scaled Broyden, a dense matrix",
+        lambda setting: _searching(setting, newton.self_scaled_broyden()),
+        most_parameters=10_000,
+    ),
+    "adam_nys_newton_cg": _adam_then(
+        f"NysNewton-CG, damping {_NYS_NEWTON_DAMPING}, 100 steps of conjugate gradients at most",
+        lambda setting: _newton(setting._replace(rate=_NYS_NEWTON_DAMPING), **_NYS_NEWTON),
+        options={"damping": _NYS_NEWTON_DAMPING, **_NYS_NEWTON},
+    ),
+    "nys_newton_cg": _nys_newton("baseline"),
+    "nys_newton_cg_1000": _nys_newton("ablation", steps=1000),
     "fosi_sgd": _fosi("sgd"),
     "fosi_adam": _fosi("adam"),
     "dho2_sgd": _dho2("sgd"),

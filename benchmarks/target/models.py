@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dho2_optax.poc.models import Conv
 
@@ -72,3 +73,24 @@ class CharTransformer(nn.Module):
             y = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
             x = x + nn.Dense(self.width)(y)
         return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))
+
+
+class FourierFeatureNetwork(nn.Module):
+    """A function of the plane with fine detail: two hidden layers with tanh, on waves at random (Tancik et al., 2020).
+
+    The waves are the same for all parameters and seeds.
+    """
+
+    waves: int = 32
+    frequency: float = 4.0  # standard deviation, in periods of a unit of length
+    hidden: tuple[int, ...] = (64, 64)
+
+    @nn.compact
+    def __call__(self, point: jax.Array) -> jax.Array:
+        """Map a point, shape (2,), or several in rows, to a number each."""
+        vectors = np.random.default_rng(0).normal(scale=self.frequency, size=(2, self.waves))
+        phases = 2 * jnp.pi * jnp.matmul(point, jnp.asarray(vectors, point.dtype), precision="highest")
+        x = jnp.concatenate([jnp.sin(phases), jnp.cos(phases)], axis=-1)
+        for width in self.hidden:
+            x = jnp.tanh(nn.Dense(width)(x))
+        return nn.Dense(1)(x)[..., 0]

@@ -33,6 +33,7 @@ class Row:
     finals: list[dict[str, Any]]  # runs of full length at the best rate, one for each seed
     shortened: dict[int, float]  # mean final losses by length of the schedule, infinite where a seed diverged
     seconds_per_step: float | None
+    bytes: int | None = None  # that a step holds at once
 
     @property
     def ok(self) -> list[dict[str, Any]]:
@@ -120,7 +121,7 @@ def summarize(store: Store) -> Summary:
         }
         head, timed = store.head(name), times.get(name, {})
         seconds = timed.get("seconds_per_step") if timed.get("options") == head["options"] else None
-        rows.append(Row(name, head, rate, tuning, finals, shortened, seconds))
+        rows.append(Row(name, head, rate, tuning, finals, shortened, seconds, timed.get("bytes")))
     targets = {_NAMED_TARGETS[row.method]: row for row in rows if row.method in _NAMED_TARGETS and row.reliable}
     baselines = [row for row in rows if row.head["kind"] == "baseline" and row.reliable]
     if baselines:
@@ -131,7 +132,7 @@ def summarize(store: Store) -> Summary:
 
 def table(summary: Summary) -> str:
     """A Markdown table."""
-    heads = ["method", "rate", "tried", "training loss", "test loss", "test accuracy", "ms per step", "products"]
+    heads = ["method", "rate", "tried", "training loss", "test loss", "test accuracy", "ms per step", "MiB", "products"]
     heads += [f"to {name}" for name in summary.targets] + ["diverged"]
     lines = [heads, ["---"] * len(heads)]
     for row in summary.rows:
@@ -148,6 +149,7 @@ def table(summary: Summary) -> str:
                 _number(row.mean("test_loss"), ".4g"),
                 _number(accuracy and 100 * accuracy, ".2f", "%"),
                 _number(row.seconds_per_step and 1e3 * row.seconds_per_step, ".3g"),
+                _number(row.bytes and row.bytes / 2**20, ".3g"),
                 _number(row.mean("products"), ".0f"),
                 *(_reached(row, target) for target in summary.targets.values()),
                 f"{len(row.finals) - len(row.ok)} of {len(row.finals)}; tuning {tuning_failed} of {len(row.tuning)}",
@@ -234,19 +236,32 @@ def robustness(folders: Sequence[Path]) -> str:
 
 
 def plot(summary: Summary, path: Path) -> None:
-    """Training loss against seconds, or against steps where no method was timed; no ablations."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    """Training loss against seconds, or against steps where no method was timed; no ablations.
+
+    Where the solution is known, loss and relative error, against steps and against seconds.
+    """
+    rows = [row for row in summary.rows if row.head["kind"] != "ablation"]
     timed = any(row.seconds_per_step is not None for row in summary.rows)
-    for i, row in enumerate(row for row in summary.rows if row.head["kind"] != "ablation"):
-        steps, losses = row.curve
-        scale = row.seconds_per_step if timed else 1.0
-        if losses and scale is not None:
-            style = "-" if row.head["kind"] == "hybrid" else "--"
-            axes.plot(np.multiply(steps, scale)[1:], losses[1:], style, color=f"C{i % 10}", label=row.method)
-    axes.set(xlabel="seconds" if timed else "steps", ylabel="training loss", yscale="log", title=summary.name)
-    if axes.lines:
-        axes.legend(fontsize="small", ncols=2)
+    units = ["seconds"] if timed else ["steps"]
+    curves = {"training loss": "losses"}
+    if any("errors" in run for row in rows for run in row.ok):
+        units = ["steps", "seconds"] if timed else ["steps"]
+        curves["relative error"] = "errors"
+    figure = Figure(figsize=(8 * len(units), 5 * len(curves)), layout="constrained")
+    for places, (label, field) in zip(
+        figure.subplots(len(curves), len(units), squeeze=False), curves.items(), strict=True
+    ):
+        for axes, unit in zip(places, units, strict=True):
+            for i, row in enumerate(rows):
+                runs = [run for run in row.ok if field in run]
+                scale = row.seconds_per_step if unit == "seconds" else 1.0
+                if runs and scale is not None:
+                    style = "-" if row.head["kind"] == "hybrid" else "--"
+                    x, y = np.multiply(runs[0]["steps"], scale), np.mean([run[field] for run in runs], axis=0)
+                    axes.plot(x[1:], y[1:], style, color=f"C{i % 10}", label=row.method)
+            axes.set(xlabel=unit, ylabel=label, yscale="log", title=summary.name)
+            if axes.lines:
+                axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=100)
 
 
@@ -257,15 +272,18 @@ Written by `python -m benchmarks.target.report` from the files in `benchmarks/re
 Every method has the same schedule (5% linear warm-up, cosine to zero) and the same rule for its peak learning rate:
 five values, each twice the one before, on a seed of its own; while the best is at the edge the grid gets one more value
 beyond it, up to four times. "tried" is what came of that; a best value that is still at the edge is marked. `lbfgs` has
-a line search instead of a learning rate; how many pairs it remembers is tuned.
+a line search instead of a learning rate; how many pairs it remembers is tuned. `nys_newton_cg` is tuned in its damping.
+Methods named `adam_...` give Adam half of the updates; its rate is tuned, and the other half has none. Their time of a
+step is the mean over both halves. What a line search evaluates is in the time of a step.
 
 Losses are means over the seeds, with their standard deviation, on a fixed part of the training data. "To a loss" is the
 steps to the mean final loss of another method, the seconds they take, and how many times faster that is than the method
 that set the target: the first crossing of the mean curve or, where it is sooner, the shortest schedule of 1/2
 or 2/3 of the length that ends at the target or below, for methods that were trained with such. A method of which a seed
 diverged counts as not reaching. Step times were taken alone, several methods of a task in turns in one process (which
-ones, `_timing.json` of the task says), compilation excluded. The test loss of convection, poisson and burgers is the
-relative error in the L2 norm.
+ones, `_timing.json` of the task says), compilation excluded. The test loss of differential equations and
+of `image_field` is the relative error in the L2 norm. "MiB" is what a step holds at once, by the compiler: parameters,
+optimizer state, batch and temporaries; it was not measured for older results.
 
 Hybrids refresh every 100 updates, which was the default before `dho2_adam_interval50` and `dho2_adam_often` were made;
 it is 50 since, as in these two.

@@ -43,6 +43,8 @@ def tune(
 class Study:
     """One task and batch size.
 
+    Methods that are not made for the task or the batch size (`Method.unfit`) are left out, which is logged.
+
     Args:
       task: what is trained.
       methods: by which methods.
@@ -52,6 +54,9 @@ class Study:
       seeds: how many runs at the best rate, with seeds from 0.
       shortened: the kinds of methods that are also trained with shortened schedules.
       log: takes lines about what happens.
+
+    Raises:
+      ValueError: if all methods are left out.
     """
 
     def __init__(
@@ -66,9 +71,16 @@ class Study:
         shortened: Sequence[str] = ("hybrid",),
         log: Callable[[str], Any] = print,
     ) -> None:
-        self._task, self._methods, self._batch_size, self._num_steps = task, methods, batch_size, num_steps
+        self._task, self._batch_size, self._num_steps = task, batch_size, num_steps
         self._store, self._seeds, self._shortened, self._log = store, seeds, shortened, log
         self._evaluation = training.Evaluation(task)
+        reasons = {name: method.unfit(task, batch_size) for name, method in methods.items()}
+        self._methods = {name: method for name, method in methods.items() if reasons[name] is None}
+        for name, reason in reasons.items():
+            if reason is not None:
+                log(f"{name} is left out: {reason}")
+        if not self._methods:
+            raise ValueError(f"no method is left for {task.name} at batch size {batch_size}")
 
     def tune(self, names: Sequence[str] | None = None) -> None:
         """Tries the grid of each method, with a seed that is used for nothing else."""

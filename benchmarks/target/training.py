@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks.target.interface import Method, Setting, Trainer
 from benchmarks.target.tasks import Target
+from dho2_optax import plan
 
 POINTS = 20  # of a loss curve, besides the start
 DIVERGED = 10.0  # times the initial loss
@@ -72,6 +73,12 @@ class Program:
         carry = jax.tree.map(jnp.copy, self._init(rate, num_steps, params, batch))
         return carry, functools.partial(self._step, rate, num_steps), trainer
 
+    def memory(self, rate: float, num_steps: int, carry: Any, batch: Any) -> int | None:
+        """Bytes that a compiled step holds at once: its carry and batch, and temporaries; None if it is not ours."""
+        if self._own is not None:
+            return None
+        return plan.memory(self._step.lower(rate, num_steps, carry, batch).compile()).total
+
 
 class Evaluation:
     """Losses of a task on its fixed samples."""
@@ -121,7 +128,8 @@ def run(program: Program, evaluation: Evaluation, rate: float, num_steps: int, s
 
     Returns:
       "status" ("ok", or "diverged" if a measured loss was not finite or more than ten times the initial one), the
-      curve of the training loss as "steps" and "losses", "final_loss", "test_loss", "test_accuracy" (None where the run
+      curve of the training loss as "steps" and "losses", and beside it "errors", the relative errors in the L2 norm, of
+      a task whose solution is known, "final_loss", "test_loss", "test_accuracy" (None where the run
       diverged) and "products", the number of curvature products.
     """
     source = batches(program.task, program.batch_size, seed)
@@ -137,6 +145,8 @@ def run(program: Program, evaluation: Evaluation, rate: float, num_steps: int, s
                 break
             result["steps"].append(count)
             result["losses"].append(_rounded(loss))
+            if program.task.has_solution:
+                result.setdefault("errors", []).append(_rounded(evaluation.test(trainer.params(carry))[0]))
         if count < num_steps:
             carry, _ = step(carry, batch)
             batch = next(source)
@@ -159,8 +169,9 @@ def time_steps(
 ) -> dict[str, dict[str, Any]]:
     """Measures the seconds per step of several methods on one task, in turns, so that all see the same machine.
 
-    Each method makes one training run of ``(repeats + 1) * chunk`` steps in chunks, of which the first is not counted.
-    Batches are placed on the device before, and go round.
+    Each method makes one training run of ``(repeats + 1) * chunk`` steps in chunks. The first is not counted, unless
+    the method takes longer in some parts of a run than in others (`Method.steady`). Batches are placed on the device
+    before, and go round.
 
     Args:
       programs: by name, a program and its rate.
@@ -169,21 +180,24 @@ def time_steps(
       seed: of parameters and batches.
 
     Returns:
-      By name "seconds_per_step", the median over chunks of a chunk's mean, "chunks", those means,
-      "products_per_step", and "first_step_seconds", which is compilation nearly all.
+      By name "seconds_per_step", the median over chunks of a chunk's mean (the mean over all, for a method that is not
+      steady), "chunks", those means,
+      "products_per_step", "bytes" (`Program.memory`), and "first_step_seconds", which is compilation nearly all.
     """
     first, _ = next(iter(programs.values()))
     source = batches(first.task, first.batch_size, seed)
     fixed = jax.block_until_ready([next(source) for _ in range(_NUM_TIMING_BATCHES)])
+    steady = {name: program.method.steady for name, (program, _) in programs.items()}
     runs: dict[str, Any] = {}
     for name, (program, rate) in programs.items():
         begin = time.perf_counter()
         carry, step, trainer = program.start(rate, (repeats + 1) * chunk, seed, fixed[0])
         carry, _ = jax.block_until_ready(step(carry, fixed[0]))
         seconds = time.perf_counter() - begin
-        runs[name] = [carry, step, trainer, {"first_step_seconds": seconds, "chunks": []}]
+        memory = program.memory(rate, (repeats + 1) * chunk, carry, fixed[0])
+        runs[name] = [carry, step, trainer, {"first_step_seconds": seconds, "bytes": memory, "chunks": []}]
     for repeat in range(repeats + 1):
-        for entry in runs.values():
+        for name, entry in runs.items():
             carry, step, trainer, result = entry
             before = int(trainer.products(carry))
             begin = time.perf_counter()
@@ -192,10 +206,13 @@ def time_steps(
             jax.block_until_ready(carry)
             seconds = (time.perf_counter() - begin) / chunk
             entry[0] = carry
-            if repeat:
+            if repeat or not steady[name]:
                 result["chunks"].append(seconds)
                 result["products_per_step"] = (int(trainer.products(carry)) - before) / chunk
     return {
-        name: {"seconds_per_step": statistics.median(result["chunks"]), **result}
+        name: {
+            "seconds_per_step": (statistics.median if steady[name] else statistics.fmean)(result["chunks"]),
+            **result,
+        }
         for name, (_, _, _, result) in runs.items()
     }
