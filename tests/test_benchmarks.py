@@ -203,7 +203,7 @@ def test_a_study_resumes_and_is_reported(digits, tmp_path):
     assert set(files) == {"sgd.json", "dho2_sgd.json", "_timing.json"}
     assert set(files["_timing.json"]["methods"]) == {"sgd"}
     lengths = [run["num_steps"] for run in files["dho2_sgd.json"]["runs"].values() if run["seed"] == 1]
-    assert sorted(lengths) == [12, 16, 24]
+    assert sorted(lengths) == [8, 12, 16, 24]
     assert all(run["products"] > 0 for run in files["dho2_sgd.json"]["runs"].values() if run["status"] == "ok")
 
     log.clear()

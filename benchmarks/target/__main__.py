@@ -32,7 +32,7 @@ def main() -> None:
         nargs="*",
         choices=KINDS,
         default=["hybrid"],
-        help="kinds that are also trained with schedules of 1/2 and 2/3 of the length (default: hybrid)",
+        help="kinds that are also trained with schedules of 1/3, 1/2 and 2/3 of the length (default: hybrid)",
     )
     parser.add_argument("--phase", choices=("all", "tune", "final", "robust", "time", "report"), default="all")
     parser.add_argument("--chunk", type=int, default=100, help="steps in a chunk that is timed")

@@ -33,6 +33,8 @@ _HYBRID = {"rank": 8, "order": 16}
 _DHO2 = {**_HYBRID, "refresh_interval": 100}
 _MR_DHO2 = {**_HYBRID, "probe_interval": 4}
 _FOSI = {"rank": 10, "refresh_interval": 50}
+# For problems with one batch: what limits them is how many pairs there are, and two products more than pairs will do.
+_ONE_BATCH = {"rank": 30, "order": 32, "refresh_interval": 50, "curvature_batch_size": 128}
 _NYS_NEWTON = {"rank": 60, "interval": 20, "steps": 100}  # as published, but there with up to 1000 steps
 _NYS_NEWTON_DAMPING = 0.01
 
@@ -368,6 +370,10 @@ METHODS: dict[str, Method] = {
     "dho2_adam_interval50": _dho2("adam", "a refresh every 50 updates", refresh_interval=50),
     "dho2_adam_often": _dho2(
         "adam", "a refresh every 50 updates, products on 128 samples", refresh_interval=50, curvature_batch_size=128
+    ),
+    "dho2_adam_rank30": _dho2("adam", "rank 30 by 32 products, a refresh every 50 updates", **_ONE_BATCH),
+    "dho2_soap_rank30": _dho2(
+        "soap", "rank 30 by 32 products, a refresh every 50 updates, no metric", **_ONE_BATCH, metric=None
     ),
     "dho2_adam_interval200": _dho2("adam", "a refresh every 200 updates", refresh_interval=200),
     "dho2_adam_order4": _dho2("adam", "order 4 * rank", order=4 * _DHO2["rank"]),

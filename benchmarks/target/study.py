@@ -10,7 +10,7 @@ from benchmarks.target.tasks import Target
 
 GRID_POINTS = 5
 MAX_WIDENINGS = 4
-FRACTIONS = (1 / 2, 2 / 3)  # of the full length, for shortened schedules
+FRACTIONS = (1 / 3, 1 / 2, 2 / 3)  # of the full length, for shortened schedules
 
 
 def tune(
