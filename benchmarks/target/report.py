@@ -18,7 +18,7 @@ from benchmarks.target.store import RESULTS, TUNING_SEED, Store, best_rate, tuni
 from benchmarks.target.tasks import TASKS
 
 DOCS = Path(__file__).parents[2] / "docs"
-_NAMED_TARGETS = {"sgd": "SGD's loss", "adam": "Adam's loss"}
+_NAMED_TARGETS = {"sgd": "SGD's loss", "adam": "Adam's loss", "soap": "SOAP's loss"}
 _MISSING = "-"
 
 
@@ -236,11 +236,13 @@ def robustness(folders: Sequence[Path]) -> str:
 
 
 def plot(summary: Summary, path: Path) -> None:
-    """Training loss against seconds, or against steps where no method was timed; no ablations.
+    """Training loss against seconds, or against steps where no method was timed.
 
+    Ablations are left out where there are hybrids besides.
     Where the solution is known, loss and relative error, against steps and against seconds.
     """
     rows = [row for row in summary.rows if row.head["kind"] != "ablation"]
+    rows = rows if any(row.head["kind"] == "hybrid" for row in rows) else summary.rows
     timed = any(row.seconds_per_step is not None for row in summary.rows)
     units = ["seconds"] if timed else ["steps"]
     curves = {"training loss": "losses"}
@@ -256,7 +258,7 @@ def plot(summary: Summary, path: Path) -> None:
                 runs = [run for run in row.ok if field in run]
                 scale = row.seconds_per_step if unit == "seconds" else 1.0
                 if runs and scale is not None:
-                    style = "-" if row.head["kind"] == "hybrid" else "--"
+                    style = "--" if row.head["kind"] == "baseline" else "-"
                     x, y = np.multiply(runs[0]["steps"], scale), np.mean([run[field] for run in runs], axis=0)
                     axes.plot(x[1:], y[1:], style, color=f"C{i % 10}", label=row.method)
             axes.set(xlabel=unit, ylabel=label, yscale="log", title=summary.name)
@@ -278,7 +280,7 @@ step is the mean over both halves. What a line search evaluates is in the time o
 
 Losses are means over the seeds, with their standard deviation, on a fixed part of the training data. "To a loss" is the
 steps to the mean final loss of another method, the seconds they take, and how many times faster that is than the method
-that set the target: the first crossing of the mean curve or, where it is sooner, the shortest schedule of 1/2
+that set the target: the first crossing of the mean curve or, where it is sooner, the shortest schedule of 1/3, 1/2
 or 2/3 of the length that ends at the target or below, for methods that were trained with such. A method of which a seed
 diverged counts as not reaching. Step times were taken alone, several methods of a task in turns in one process (which
 ones, `_timing.json` of the task says), compilation excluded. The test loss of differential equations and
