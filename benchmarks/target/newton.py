@@ -212,7 +212,7 @@ class SelfScaledBroydenState(NamedTuple):
 
 
 def broyden_inverse(inverse: jax.Array, s: Vector, y: Vector, curvature: jax.Array) -> jax.Array:
-    """H of the next update, by the self-scaled Broyden formula (equations 13 to 23 of Urban et al., 2025).
+    """H of the next update, by the self-scaled Broyden formula (Al-Baali and Khalfan).
 
     Args:
       inverse: H, ``shape=(n, n)``, positive definite.

@@ -23,11 +23,10 @@ import numpy as np
 import optax
 
 from benchmarks.problems import FASHION_MNIST
-from benchmarks.target.equations import EQUATIONS, Function, relative_error
+from benchmarks.target.equations import EQUATIONS, relative_error
 from benchmarks.target.models import BatchNormResNet, CharLstm, CharTransformer, FourierFeatureNetwork
 from dho2_optax.poc import data
-from dho2_optax.poc.models import TanhNetwork
-from dho2_optax.poc.tasks import Task, from_dataset
+from dho2_optax.poc.tasks import Task, from_dataset, from_equation, of_points
 
 _CHARACTERS = 1_000_000
 _SEQUENCE = 64
@@ -47,15 +46,14 @@ class Target(Task):
       num_eval: so many training samples, the first ones, are what the training loss is measured on.
       predictions: in one sample; every character of a sequence is one.
       curvature_share: the part of a batch that hybrids make their products on.
-      test_loss_fn: maps (parameters, batch) to the mean loss in tests, where that is not `loss_fn`.
-      has_solution: the test loss is the relative error in the L2 norm; it is followed along a run too.
+      test_loss_fn: maps (parameters, batch) to the mean loss in tests, where that is not `loss_fn`. Where there
+        is an `error` it is that, which is followed along a run too.
     """
 
     num_eval: int = 10_000
     predictions: int = 1
     curvature_share: float = 1 / 8
     test_loss_fn: Callable[[Any, Any], jax.Array] | None = None
-    has_solution: bool = False
 
 
 class Sources(NamedTuple):
@@ -68,11 +66,14 @@ class Sources(NamedTuple):
 _load = functools.cache(data.load)
 
 
-def of_images(model: str, images: data.Dataset, **options: Any) -> Target:
+def _extended(task: Task, **options: Any) -> Target:
     """A task of the proof of concept, with further fields of `Target`."""
-    task = from_dataset(model, images)
-    fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
-    return Target(**fields, **options)
+    return Target(**{field.name: getattr(task, field.name) for field in dataclasses.fields(task)}, **options)
+
+
+def of_images(model: str, images: data.Dataset, **options: Any) -> Target:
+    """A model of the proof of concept, trained on images."""
+    return _extended(from_dataset(model, images), **options)
 
 
 def _from_poc(model: str, sources: Sources, **options: Any) -> Target:
@@ -194,30 +195,11 @@ def _text(name: str, sources: Sources, make_model: Callable[[int], nn.Module]) -
     )
 
 
-def _of_points(model: nn.Module) -> tuple[Callable[[jax.Array], Any], Callable[[Any], Function]]:
-    """A network that maps a point to a number: how it is initialized, and the function of some parameters."""
-
-    def network(params: Any) -> Function:
-        return lambda point: model.apply({"params": params}, point)  # pyright: ignore[reportReturnType]
-
-    return lambda key: model.init(key, jnp.zeros(2))["params"], network
-
-
 def _equation(name: str, sources: Sources, *, drawn: bool = False) -> Target:
     """Solve a differential equation, on points that are always the same or drawn anew at each update."""
     del sources
-    equation = EQUATIONS[name]
-    init, network = _of_points(TanhNetwork())
-    return Target(
-        f"{name}_drawn" if drawn else name,
-        init,
-        lambda params, batch: equation.loss(network(params), batch["points"]),
-        {"points": equation.points(_DRAWN_POINTS if drawn else _POINTS, seed=0)},
-        {"points": equation.points(_TEST_POINTS, seed=1)},
-        curvature_share=1.0,
-        test_loss_fn=lambda params, batch: relative_error(network(params), equation.solution, batch["points"]),
-        has_solution=True,
-    )
+    task = from_equation(f"{name}_drawn" if drawn else name, EQUATIONS[name], _DRAWN_POINTS if drawn else _POINTS)
+    return _extended(task, curvature_share=1.0, test_loss_fn=task.error)
 
 
 def image(point: jax.Array) -> jax.Array:
@@ -231,7 +213,7 @@ def image(point: jax.Array) -> jax.Array:
 def _image_field(sources: Sources) -> Target:
     """Fit an image by a function of the place; tests compare the two at random between the pixels."""
     del sources
-    init, network = _of_points(FourierFeatureNetwork())
+    init, network = of_points(FourierFeatureNetwork())
     centres = (np.arange(_PIXELS, dtype=np.float32) + 0.5) / _PIXELS
     points = np.stack(np.meshgrid(centres, centres, indexing="ij"), axis=-1).reshape(-1, 2)
     between = np.random.default_rng(1).uniform(size=(_TEST_POINTS, 2)).astype(np.float32)
@@ -239,15 +221,18 @@ def _image_field(sources: Sources) -> Target:
     def sampled(points: np.ndarray) -> dict[str, np.ndarray]:
         return {"points": points, "values": np.asarray(jax.vmap(image)(points))}
 
+    def error(params: Any, batch: Any) -> jax.Array:
+        return relative_error(network(params), image, batch["points"])
+
     return Target(
         "image_field",
         init,
         lambda params, batch: jnp.mean((network(params)(batch["points"]) - batch["values"]) ** 2),
         sampled(points),
         sampled(between),
+        error=error,
         curvature_share=1.0,
-        test_loss_fn=lambda params, batch: relative_error(network(params), image, batch["points"]),
-        has_solution=True,
+        test_loss_fn=error,
     )
 
 

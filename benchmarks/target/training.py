@@ -129,8 +129,8 @@ def run(program: Program, evaluation: Evaluation, rate: float, num_steps: int, s
     Returns:
       "status" ("ok", or "diverged" if a measured loss was not finite or more than ten times the initial one), the
       curve of the training loss as "steps" and "losses", and beside it "errors", the relative errors in the L2 norm, of
-      a task whose solution is known, "final_loss", "test_loss", "test_accuracy" (None where the run
-      diverged) and "products", the number of curvature products.
+      a task whose solution is known, "final_loss", "test_loss", "test_accuracy" (None where the run diverged) and
+      "products", the number of curvature products.
     """
     source = batches(program.task, program.batch_size, seed)
     batch = next(source)
@@ -145,7 +145,7 @@ def run(program: Program, evaluation: Evaluation, rate: float, num_steps: int, s
                 break
             result["steps"].append(count)
             result["losses"].append(_rounded(loss))
-            if program.task.has_solution:
+            if program.task.error is not None:
                 result.setdefault("errors", []).append(_rounded(evaluation.test(trainer.params(carry))[0]))
         if count < num_steps:
             carry, _ = step(carry, batch)
@@ -181,8 +181,8 @@ def time_steps(
 
     Returns:
       By name "seconds_per_step", the median over chunks of a chunk's mean (the mean over all, for a method that is not
-      steady), "chunks", those means,
-      "products_per_step", "bytes" (`Program.memory`), and "first_step_seconds", which is compilation nearly all.
+      steady), "chunks", those means, "products_per_step",
+      "bytes" (`Program.memory`), and "first_step_seconds", which is compilation nearly all.
     """
     first, _ = next(iter(programs.values()))
     source = batches(first.task, first.batch_size, seed)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ import optax
 from dho2_optax.poc import equations, models, system
 from dho2_optax.poc.data import DIGITS, Dataset
 
-__all__ = ["Task", "TaskError", "from_dataset", "from_function", "pinn"]
+__all__ = ["Task", "TaskError", "from_dataset", "from_equation", "from_function", "of_points", "pinn"]
 
 _DIGITS_TARGET: dict[str, Any] = {
     "target": 0.05,
@@ -134,34 +135,50 @@ def from_dataset(model_name: str, data: Dataset) -> Task:
     return Task(model_name, init, classification_loss, train, test, accuracy, **target)
 
 
-def pinn(num_points: int = 1024) -> Task:
-    """Build the task of solving Burgers' equation with a network, which needs no data.
-
-    The loss is the mean square of the equation's residual at some points, always the same ones, and of what is amiss at
-    the boundary. The exact solution is known, so the test gives the network's error.
-
-    Args:
-      num_points: in the rectangle, at random; the training samples, all of them in every batch.
-
-    Example:
-      >>> from dho2_optax.poc import tasks
-      >>> tasks.pinn().train["points"].shape
-      (1024, 2)
-    """
-    equation, model = equations.burgers(), models.TanhNetwork()
+def of_points(model: nn.Module) -> tuple[Callable[[jax.Array], Any], Callable[[Any], equations.Function]]:
+    """A network that maps a point to a number: how it is initialized, and the function of some parameters."""
 
     def network(params: Any) -> equations.Function:
         return lambda point: model.apply({"params": params}, point)  # pyright: ignore[reportReturnType]
 
+    return lambda key: model.init(key, jnp.zeros(2))["params"], network
+
+
+def from_equation(name: str, equation: equations.Equation, num_points: int) -> Task:
+    """Build the task of solving a differential equation with a network, which needs no data.
+
+    The loss is the mean square of the equation's residual at some points and of what is amiss at the boundary. The
+    solution is known, so the test gives the network's error.
+
+    Args:
+      name: of the task.
+      equation: what is solved.
+      num_points: in the rectangle, at random; the training samples, meant to be all in every batch.
+    """
+    init, network = of_points(models.TanhNetwork())
     return Task(
-        name=models.PINN,
-        init=lambda key: model.init(key, jnp.zeros(2))["params"],
+        name=name,
+        init=init,
         loss_fn=lambda params, batch: equation.loss(network(params), batch["points"]),
         train={"points": equation.points(num_points, seed=0)},
         test={"points": equation.points(_TEST_POINTS, seed=1)},
         batch_size=num_points,
         error=lambda params, batch: equations.relative_error(network(params), equation.solution, batch["points"]),
     )
+
+
+def pinn(num_points: int = 1024) -> Task:
+    """Build the task of solving Burgers' equation, see :func:`from_equation`.
+
+    Args:
+      num_points: training samples, all of them in every batch.
+
+    Example:
+      >>> from dho2_optax.poc import tasks
+      >>> tasks.pinn().train["points"].shape
+      (1024, 2)
+    """
+    return from_equation(models.PINN, equations.burgers(), num_points)
 
 
 def from_function(reference: str) -> Task:
