@@ -375,6 +375,15 @@ METHODS: dict[str, Method] = {
     "dho2_soap_rank30": _dho2(
         "soap", "rank 30 by 32 products, a refresh every 50 updates, no metric", **_ONE_BATCH, metric=None
     ),
+    "dho2_adam_rank30_interval100": _dho2(
+        "adam", "rank 30 by 32 products, a refresh every 100 updates", **{**_ONE_BATCH, "refresh_interval": 100}
+    ),
+    "dho2_soap_rank30_interval100": _dho2(
+        "soap",
+        "rank 30 by 32 products, a refresh every 100 updates, no metric",
+        **{**_ONE_BATCH, "refresh_interval": 100},
+        metric=None,
+    ),
     "dho2_adam_interval200": _dho2("adam", "a refresh every 200 updates", refresh_interval=200),
     "dho2_adam_order4": _dho2("adam", "order 4 * rank", order=4 * _DHO2["rank"]),
     "dho2_adam_curvature128": _dho2("adam", "products on 128 samples", curvature_batch_size=128),
