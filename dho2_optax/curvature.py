@@ -9,11 +9,12 @@ them from a loss; anything with that signature may take their place. An operator
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dho2_optax import segments, vectors
@@ -47,7 +48,7 @@ def hessian(
       has_aux: whether `loss_fn` returns a pair.
       mode: ``"forward-over-reverse"`` (about twice the cost of a gradient) or ``"reverse-over-reverse"``, which
         costs more but works where a function has only a ``custom_vjp``.
-      batch_size: use only this many samples (a cheaper, noisier operator). None: all.
+      batch_size: use only this many samples, the leading ones (a cheaper, noisier operator). None: all.
       batch_start: leave out this many samples, and take the ones that follow.
       microbatch_size: split the samples in chunks of this size and accumulate their products in a scan, so that
         the activations of one chunk only are alive. Must divide the number of samples.
@@ -196,15 +197,11 @@ def _batched(product: Operator, batch_size: int | None, batch_start: int, microb
     samples = slice(batch_start, None if batch_size is None else batch_start + batch_size)
 
     def cut(batch: Batch) -> Batch:
-        lengths = {x.shape[0] for x in jax.tree.leaves(batch) if _has_samples(x)}
-        if len(lengths) > 1:
+        sampled = [x for x in jax.tree.leaves(batch) if _has_samples(x)]
+        length = _common_length(sampled, "`batch_size` or `batch_start` take") if sampled else None
+        if length is not None and length <= batch_start:
             raise ValueError(
-                f"a batch of which `batch_size` or `batch_start` take a part must have samples along the leading axis "
-                f"of every array, got lengths {sorted(lengths)}; close over arrays that are not samples."
-            )
-        if lengths and max(lengths) <= batch_start:
-            raise ValueError(
-                f"`batch_start` must leave some of the samples of the batch, got {batch_start} for {max(lengths)}."
+                f"`batch_start` must leave some of the samples of the batch, got {batch_start} for {length}."
             )
         return jax.tree.map(lambda x: x[samples] if _has_samples(x) else x, batch)
 
@@ -247,7 +244,7 @@ _AUTO_LEAST = 128  # and on no fewer samples, over all devices
 
 
 def part_size(batch: Batch, batch_size: BatchSize, axis_name: str | None) -> int | None:
-    """On how many of the leading samples of a batch products are made; None: on all of them.
+    """On how many samples of a batch products are made; None: on all of them.
 
     ``"auto"`` is an eighth of the batch, at least 128 samples over all devices, and the whole batch where that is not
     larger, or where its arrays have no common leading axis. A number is taken as it is.
@@ -270,20 +267,73 @@ def part_size(batch: Batch, batch_size: BatchSize, axis_name: str | None) -> int
     num_devices = 1 if axis_name is None else segments.bound_axis_size(axis_name) or 1
     (length,) = lengths
     size = max(length // _AUTO_PART, -(-_AUTO_LEAST // num_devices))
-    # Where axes are explicit, JAX cuts a sharded one in equal parts only.
-    shards = math.lcm(*(_leading_shards(x) for x in sampled))
+    shards = _leading_shards(sampled)
     size = -(-size // shards) * shards
     return size if size < length else None
 
 
+def part(batch: Batch, batch_size: BatchSize, axis_name: str | None) -> Batch:
+    """The samples of a batch that products are made on: :func:`part_size` of them, spread over the whole of it.
+
+    The batch is cut in as many pieces, and one sample is taken of each: which, is drawn once and for all when a program
+    is traced. So samples that come in an order, as the points of a grid do, are all represented; the leading ones would
+    be a corner of it, and every so-manieth one a few of its columns.
+
+    Args:
+      batch: the local shard of the batch.
+      batch_size: what the user said.
+      axis_name: the mesh axis that the batch is split over, or None.
+
+    Raises:
+      ValueError: if the batch has arrays of different lengths, of which a part cannot be taken.
+
+    Example:
+      >>> part(jnp.arange(2000), "auto", None)[:4], part(jnp.arange(3), 4, None)
+      (Array([ 5, 10, 16, 24], dtype=int32), Array([0, 1, 2], dtype=int32))
+    """
+    size = part_size(batch, batch_size, axis_name)
+    sampled = [x for x in jax.tree.leaves(batch) if _has_samples(x)]
+    if size is None or not sampled:
+        return batch
+    length = _common_length(sampled, "`batch_size` takes")
+    if size >= length:
+        return batch
+    shards = _leading_shards(sampled)
+    rows = _one_of_each(length // shards, -(-size // shards))
+    return jax.tree.map(lambda x: _rows(x, rows, shards) if _has_samples(x) else x, batch)
+
+
 def hessian_on_part(loss_fn: LossFn, *, has_aux: bool, batch_size: BatchSize, axis_name: str | None) -> Operator:
-    """:func:`hessian` on the :func:`part_size` of the batch that it is called with."""
+    """:func:`hessian` on the :func:`part` of the batch that it is called with."""
+    product = hessian(loss_fn, has_aux=has_aux)
+    return lambda params, vector, batch: product(params, vector, part(batch, batch_size, axis_name))
 
-    def operator(params: Vector, vector: Vector, batch: Batch) -> Vector:
-        size = part_size(batch, batch_size, axis_name)
-        return hessian(loss_fn, has_aux=has_aux, batch_size=size)(params, vector, batch)
 
-    return operator
+def _one_of_each(length: int, size: int) -> np.ndarray:
+    """The places of one sample of each of `size` pieces of `length` samples, drawn with a seed of our own."""
+    edges = np.arange(size + 1) * length // size
+    return edges[:-1] + (np.random.default_rng(0).random(size) * np.diff(edges)).astype(int)
+
+
+def _rows(x: Any, rows: np.ndarray, shards: int) -> Any:
+    """The same rows of each explicit shard of an array."""
+    if shards == 1:
+        return x[rows]
+    sharding = jax.typeof(x).sharding
+    spec = (sharding.spec[0], None, *sharding.spec[1:])
+    pieces = x.reshape(shards, -1, *x.shape[1:], out_sharding=sharding.update(spec=spec))
+    taken = pieces.at[:, rows].get(out_sharding=sharding.update(spec=spec))
+    return taken.reshape(-1, *x.shape[1:], out_sharding=sharding)
+
+
+def _common_length(sampled: Sequence[Any], who: str) -> int:
+    lengths = {x.shape[0] for x in sampled}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"a batch of which {who} a part must have samples along the leading axis of every array, got lengths "
+            f"{sorted(lengths)}; close over arrays that are not samples."
+        )
+    return lengths.pop()
 
 
 def _has_samples(x: Any) -> bool:
@@ -291,14 +341,18 @@ def _has_samples(x: Any) -> bool:
     return bool(getattr(x, "shape", ()))
 
 
-def _leading_shards(x: Any) -> int:
-    """In how many parts the leading axis of an array is explicitly sharded."""
-    if not vectors.is_explicitly_sharded(x):
-        return 1
-    sharding = jax.typeof(x).sharding
-    leading = sharding.spec[0]
-    names = leading if isinstance(leading, tuple) else () if leading is None else (leading,)
-    return math.prod(sharding.mesh.shape[name] for name in names)
+def _leading_shards(sampled: Sequence[Any]) -> int:
+    """In how many parts the leading axes of arrays are explicitly sharded; JAX cuts such in equal parts only."""
+
+    def of_one(x: Any) -> int:
+        if not vectors.is_explicitly_sharded(x):
+            return 1
+        sharding = jax.typeof(x).sharding
+        leading = sharding.spec[0]
+        names = leading if isinstance(leading, tuple) else () if leading is None else (leading,)
+        return math.prod(sharding.mesh.shape[name] for name in names)
+
+    return math.lcm(*map(of_one, sampled))
 
 
 def segmented_matvec(

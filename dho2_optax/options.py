@@ -52,7 +52,8 @@ class Eigensolver(_Options):
       rayleigh: a second operator, applied to the same batch, with whose products the eigenvalues are taken once the
         eigenvectors are there; ``rank`` more products. The eigenvalues of a small batch are too large on average;
         those of ``rayleigh=dho2_optax.hessian(loss_fn, batch_size=256, batch_start=256)`` besides
-        ``dho2(..., batch_size=256)``, with samples of its own, are not. For refreshes of :func:`dho2` only.
+        ``curvature=dho2_optax.hessian(loss_fn, batch_size=256)``, with samples of its own, are not. For refreshes of
+        :func:`dho2` only.
       anchored: all products of a process are made at the parameters of its first. A process inside one update,
         :func:`dho2`'s, always is, and so is one on a snapshot, that of a :class:`CurvatureGroup`; in :func:`mr_dho2`
         it costs a copy of the parameters.

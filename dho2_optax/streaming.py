@@ -247,7 +247,7 @@ def value_grad_and_hvp(
       has_aux: whether `loss_fn` returns a pair.
       axis_name: the optimizer's `axis_name`, inside ``shard_map`` or ``pmap``: gradient and product are then those of
         the local batch, to be averaged alike. With a mesh and without an axis: None.
-      batch_size: on how many of the leading samples of the batch the product is made, as in :func:`dho2`.
+      batch_size: on how many samples of the batch the product is made, as in :func:`dho2`.
       metric: the optimizer's `metric`, if that is a :class:`dho2_optax.Metric`.
 
     Returns:
@@ -293,8 +293,8 @@ def value_grad_and_hvp(
         params = vectors.vary(vectors.as_arrays(vectors.unwrapped(params)), axis_name)
         loss = curvature.checked_loss(lambda p, b: loss_fn(wrapped(p), b), has_aux=has_aux)
         value_and_grad = jax.value_and_grad(loss, has_aux=has_aux)
-        size = curvature.part_size(batch, batch_size, axis_name)
-        product = curvature.hessian(loss, has_aux=has_aux, batch_size=size)
+        is_whole = curvature.part_size(batch, batch_size, axis_name) is None
+        product = curvature.hessian_on_part(loss, has_aux=has_aux, batch_size=batch_size, axis_name=axis_name)
 
         def plain() -> tuple[Any, Any, Any]:
             value, grads = value_and_grad(params, batch)
@@ -308,7 +308,7 @@ def value_grad_and_hvp(
             vector = layout.unpack(layout.gather(half(segment)))
             vector = fill(vector, jax.tree.map(vectors.zeros_like, params))
             vector = vectors.vary(vectors.cast_like(vector, params), axis_name)
-            if found.probing.anchor is None and size is None:
+            if found.probing.anchor is None and is_whole:
                 (value, grads), (_, hvp) = curvature.forward_mode(
                     lambda: jax.jvp(lambda p: value_and_grad(p, batch), (params,), (vector,)), _WITHOUT_FORWARD_MODE
                 )

@@ -93,7 +93,7 @@ def dho2(
       warmup_steps: update ``t`` (from 0) is preceded by a refresh if ``t + 1 >= warmup_steps`` and ``t + 1 -
         warmup_steps`` is a multiple of `refresh_interval`. Default: `refresh_interval`. Short runs gain from a first
         refresh as soon as the learning rate has risen to its peak.
-      batch_size: on how many of the leading samples of the batch `loss_fn`'s products are made; on several devices, of
+      batch_size: on how many samples, spread over the batch, `loss_fn`'s products are made; on several devices, of
         every device's shard. ``"auto"``: on an eighth of the batch, but on at least 128 samples over all devices; on
         the whole batch where that is not larger, where its arrays have no common leading axis (scalars apart), and with
         ``value_fn``. `curvature` has a size of its own. None, the whole batch, is for a loss that is no mean over

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import dho2_optax as dho2
-from dho2_optax.curvature import part_size
+from dho2_optax.curvature import part, part_size
 from tests.helpers import AXIS, flat, make_mesh
 
 _PARAMS = jnp.ones(1)
@@ -94,17 +94,37 @@ def test_on_a_mesh_the_local_batch_is_cut():
     assert loss.seen == {125}
 
 
-def test_the_samples_are_the_leading_ones_and_the_quotients_have_others():
+def test_one_sample_is_taken_of_each_piece_of_the_batch():
+    for batch_size, size in (("auto", 250), (300, 300), (1999, 1999)):
+        rows = np.asarray(part(jnp.arange(2000), batch_size, None))
+        edges = np.arange(size + 1) * 2000 // size
+        assert len(rows) == size
+        assert np.all((edges[:-1] <= rows) & (rows < edges[1:]))
+    # No column of a grid is left out, and none has more than twice its share: 8 of 128 here.
+    column = np.asarray(part(jnp.arange(1024) % 16, "auto", None))
+    assert np.bincount(column, minlength=16).min() > 0
+    assert np.bincount(column, minlength=16).max() <= 16
+    batch = {"x": np.arange(2000), "scale": 2.0, "y": jnp.arange(2000)[:, None]}
+    taken = part(batch, "auto", None)
+    np.testing.assert_array_equal(taken["x"], taken["y"][:, 0])
+    assert taken["scale"] == 2.0
+    for whole in (100, 2000, None):
+        np.testing.assert_array_equal(part(jnp.arange(100), whole, None), np.arange(100))
+
+
+def test_samples_of_a_product_are_spread_and_those_of_an_operator_are_the_ones_it_says():
     """The Hessian of samples 0, 1, 2 ... is their mean."""
     loss, batch = _Loss(), jnp.arange(2000.0)
 
-    def eigenvalue(**options: Any) -> float:
-        tx = dho2.dho2(optax.sgd(0.1), loss, rank=1, refresh_interval=1, metric=None, **options)
+    def eigenvalue(of: Any = loss, **options: Any) -> float:
+        tx = dho2.dho2(optax.sgd(0.1), of, rank=1, refresh_interval=1, metric=None, **options)
         _, state = jax.jit(tx.update)(_PARAMS, tx.init(_PARAMS), _PARAMS, batch=batch)
         return float(dho2.spectrum(state).eigenvalues[0])
 
-    assert eigenvalue() == pytest.approx(np.mean(np.arange(250)))
-    assert eigenvalue(batch_size=300) == pytest.approx(np.mean(np.arange(300)))
+    assert eigenvalue() == pytest.approx(np.mean(part(np.arange(2000), "auto", None)))
+    assert eigenvalue() == pytest.approx(np.mean(np.arange(2000)), rel=1e-3)
+    assert eigenvalue(batch_size=300) == pytest.approx(np.mean(part(np.arange(2000), 300, None)))
+    assert eigenvalue(None, curvature=dho2.hessian(loss, batch_size=300)) == pytest.approx(np.mean(np.arange(300)))
     rayleigh = dho2.hessian(loss, batch_size=100, batch_start=250)
     quotients = dho2.Eigensolver(rayleigh=rayleigh)
     assert eigenvalue(eigensolver=quotients) == pytest.approx(np.mean(np.arange(250, 350)))
@@ -114,11 +134,12 @@ def test_a_product_apart_equals_that_of_the_part_and_a_joint_one_that_of_the_bat
     loss, batch = _Loss(), jnp.arange(2000.0)
     state = dho2.mr_dho2(optax.sgd(0.1), rank=1).init(_PARAMS)
     vector = flat(state.probing.process.vector).item()
-    for options, size in (({}, 250), ({"batch_size": None}, 2000)):
+    for options in ({}, {"batch_size": None}):
+        samples = part(np.arange(2000), options.get("batch_size", "auto"), None)
         value, grads, hvp = dho2.value_grad_and_hvp(loss, **options)(_PARAMS, state, batch)
         np.testing.assert_allclose(value, np.mean(np.arange(2000)) / 2, rtol=1e-6)
         np.testing.assert_allclose(grads, [np.mean(np.arange(2000))], rtol=1e-6)
-        np.testing.assert_allclose(hvp, [vector * np.mean(np.arange(size))], rtol=1e-6)
+        np.testing.assert_allclose(hvp, [vector * np.mean(samples)], rtol=1e-6)
 
 
 def test_scalars_are_passed_as_they_are_and_without_a_common_axis_the_batch_is_whole():
@@ -176,6 +197,12 @@ def test_of_an_explicitly_sharded_batch_equal_parts_are_taken():
     batch = jax.device_put(jnp.zeros(2000), NamedSharding(mesh, PartitionSpec(AXIS)))
     assert part_size(batch, "auto", None) == 256
     assert part_size(jnp.zeros(2000), "auto", None) == 250
+    of_each = [np.asarray(part(jnp.arange(250), 32, None)) + 250 * shard for shard in range(8)]
+    places = jax.device_put(np.stack([np.arange(2000)] * 2, 1), NamedSharding(mesh, PartitionSpec(AXIS)))
+    for batch_size in ("auto", 250):
+        taken = jax.jit(lambda b, size=batch_size: part(b, size, None))(places)
+        np.testing.assert_array_equal(taken, np.stack([np.concatenate(of_each)] * 2, 1))
+        assert jax.typeof(taken).sharding.spec[0] == AXIS
     state = dho2.mr_dho2(optax.sgd(0.1), rank=1).init(_PARAMS)
     loss = _Loss()
     jax.eval_shape(lambda b: dho2.value_grad_and_hvp(loss)(_PARAMS, state, b), batch)
