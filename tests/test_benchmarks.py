@@ -18,7 +18,7 @@ from benchmarks.target import methods, report, safeguards, tasks, training
 from benchmarks.target.equations import EQUATIONS, relative_error
 from benchmarks.target.interface import Method, Setting, Trainer
 from benchmarks.target.methods import METHODS, select
-from benchmarks.target.store import Store, best_rate
+from benchmarks.target.store import TUNING_SEED, Store, best_rate
 from benchmarks.target.study import Study, tune
 from dho2_optax import subspace
 from dho2_optax.subspace import Bounds
@@ -239,6 +239,36 @@ def test_a_study_resumes_and_is_reported(digits, tmp_path):
     assert "to SGD's loss" in page
     assert "1.00x" in page
     assert (docs / f"benchmarks_digits_mlp_{BATCH_SIZE}.png").stat().st_size > 0
+
+
+def test_runs_beside_those_of_the_base_are_counted(tmp_path):
+    store = Store(tmp_path / "a_64")
+
+    def fill(method, head, losses):
+        for (rate, seed), loss in losses.items():
+            made = {"status": "diverged" if loss is None else "ok", "final_loss": loss, "losses": [1.0], "steps": [0]}
+            store.run(method, head, lambda *_, made=made: made, rate, 10, seed)
+
+    base = {(0.1, TUNING_SEED): 2.0, (0.2, TUNING_SEED): 1.0, (0.4, TUNING_SEED): 3.0, (0.8, TUNING_SEED): None}
+    fill("adam", {"kind": "baseline", "options": {}}, base | {(0.2, 0): 1.0, (0.4, 0): None})
+    hybrid = {(0.1, TUNING_SEED): 2.1, (0.2, TUNING_SEED): 1.2, (0.4, TUNING_SEED): 9.5, (0.8, TUNING_SEED): None}
+    fill("dho2_adam", {"kind": "hybrid", "options": {"base": "adam"}}, hybrid | {(0.2, 0): 0.5, (0.2, 1): 9.0})
+    fill("dho2_sgd", {"kind": "hybrid", "options": {"base": "sgd"}}, {(0.1, TUNING_SEED): 1.0})
+    lines = report.robustness([store.folder]).splitlines()
+    assert lines[2:] == ["| a_64 | 10 | dho2_adam | 0.2 | 5 | 0 | 1 of 5 | 3 | 1 | 4 | 1 |"]
+
+
+def test_each_length_that_methods_were_tuned_for_has_a_table_of_its_own(tmp_path):
+    store = Store(tmp_path / "a_64")
+    losses = {(10, TUNING_SEED): 2.0, (10, 0): 2.5, (20, TUNING_SEED): 1.0, (20, 0): 1.5, (30, 0): 1.0}
+    for (num_steps, seed), loss in losses.items():
+        made = {"status": "ok", "final_loss": loss, "losses": [3.0, loss], "steps": [0, num_steps]}
+        store.run("adam", {"kind": "baseline", "options": {}}, lambda *_, made=made: made, 0.1, num_steps, seed)
+    assert report.lengths(store) == [20, 10]
+    assert report.summarize(store) == report.summarize(store, 20)
+    for num_steps, loss, shortened in ((20, 1.5, {10: 2.5}), (10, 2.5, {})):
+        (row,) = report.summarize(store, num_steps).rows
+        assert (row.loss, row.shortened) == (loss, shortened)
 
 
 def test_gains_by_batch_size_are_steps_and_seconds_to_the_loss_of_adam():

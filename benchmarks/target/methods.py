@@ -12,6 +12,7 @@ what is not installed everywhere.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
@@ -33,8 +34,7 @@ _HYBRID = {"rank": 8, "order": 16}
 _DHO2 = {**_HYBRID, "refresh_interval": 100}
 _MR_DHO2 = {**_HYBRID, "probe_interval": 4}
 _FOSI = {"rank": 10, "refresh_interval": 50}
-# For problems with one batch: what limits them is how many pairs there are, and two products more than pairs will do.
-_ONE_BATCH = {"rank": 30, "order": 32, "refresh_interval": 50, "curvature_batch_size": 128}
+_ONE_BATCH = {"rank": 30, "order": 32, "curvature_batch_size": 128}  # two products more than pairs will do
 _NYS_NEWTON = {"rank": 60, "interval": 20, "steps": 100}  # as published, but there with up to 1000 steps
 _NYS_NEWTON_DAMPING = 0.01
 
@@ -308,6 +308,13 @@ def _dho2(
     )
 
 
+def _of_one_batch(base: str, refresh_interval: int, note: str = "", **options: Any) -> Method:
+    """`dho2` for problems with one batch, where what limits the hybrid is how many pairs it has."""
+    words = f"rank 30 by 32 products, a refresh every {refresh_interval} updates{note and ', ' + note}"
+    method = _dho2(base, words, **{**_ONE_BATCH, "refresh_interval": refresh_interval}, **options)
+    return dataclasses.replace(method, kind="hybrid", only_full_batch=True)
+
+
 def _mr_dho2(base: str, note: str = "", *, curvature_batch_size: int | None = None, **options: Any) -> Method:
     """`mr_dho2` on a base; where the curvature batch is the whole one, in the linearisation of the gradient."""
     options = {**_MR_DHO2, **options}
@@ -359,6 +366,10 @@ METHODS: dict[str, Method] = {
     "dho2_adam": _dho2("adam"),
     "dho2_muon": _dho2("muon"),
     "dho2_soap": _dho2("soap"),
+    "dho2_adam_rank30": _of_one_batch("adam", 50),
+    "dho2_soap_rank30": _of_one_batch("soap", 50, "no metric", metric=None),
+    "dho2_adam_rank30_interval100": _of_one_batch("adam", 100),
+    "dho2_soap_rank30_interval100": _of_one_batch("soap", 100, "no metric", metric=None),
     "mr_dho2_sgd": _mr_dho2("sgd"),
     "mr_dho2_adam": _mr_dho2("adam"),
     "dho2_adam_alpha0": _dho2("adam", "no step in the subspace", alpha=0.0),
@@ -370,19 +381,6 @@ METHODS: dict[str, Method] = {
     "dho2_adam_interval50": _dho2("adam", "a refresh every 50 updates", refresh_interval=50),
     "dho2_adam_often": _dho2(
         "adam", "a refresh every 50 updates, products on 128 samples", refresh_interval=50, curvature_batch_size=128
-    ),
-    "dho2_adam_rank30": _dho2("adam", "rank 30 by 32 products, a refresh every 50 updates", **_ONE_BATCH),
-    "dho2_soap_rank30": _dho2(
-        "soap", "rank 30 by 32 products, a refresh every 50 updates, no metric", **_ONE_BATCH, metric=None
-    ),
-    "dho2_adam_rank30_interval100": _dho2(
-        "adam", "rank 30 by 32 products, a refresh every 100 updates", **{**_ONE_BATCH, "refresh_interval": 100}
-    ),
-    "dho2_soap_rank30_interval100": _dho2(
-        "soap",
-        "rank 30 by 32 products, a refresh every 100 updates, no metric",
-        **{**_ONE_BATCH, "refresh_interval": 100},
-        metric=None,
     ),
     "dho2_adam_interval200": _dho2("adam", "a refresh every 200 updates", refresh_interval=200),
     "dho2_adam_order4": _dho2("adam", "order 4 * rank", order=4 * _DHO2["rank"]),

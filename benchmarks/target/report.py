@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.target import methods as registry
-from benchmarks.target.store import RESULTS, TUNING_SEED, Store, best_rate, tuning_runs
+from benchmarks.target.store import RESULTS, TUNING_SEED, Store, best_rate, loss_of, tuning_runs
 from benchmarks.target.tasks import TASKS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -95,12 +95,17 @@ def crossing(steps: Sequence[float], losses: Sequence[float], target: float) -> 
     return None
 
 
-def summarize(store: Store) -> Summary:
-    """Reads the results of the longest runs that were tuned."""
+def lengths(store: Store) -> list[int]:
+    """The lengths of runs for which methods were tuned, the longest first."""
+    runs = [run for name in store.methods for run in store.runs(name).values()]
+    return sorted({run["num_steps"] for run in runs if run["seed"] == TUNING_SEED}, reverse=True)
+
+
+def summarize(store: Store, num_steps: int | None = None) -> Summary:
+    """Reads the results of runs of a length, by default the longest, at the rates that were tuned for it."""
     times = store.times()
     runs = {name: store.runs(name) for name in store.methods}
-    tuned = [run["num_steps"] for found in runs.values() for run in found.values() if run["seed"] == TUNING_SEED]
-    num_steps = max(tuned, default=0)
+    num_steps = max(lengths(store), default=0) if num_steps is None else num_steps
     order = [*registry.METHODS, *sorted(set(runs) - set(registry.METHODS))]
     rows = []
     for name in (name for name in order if name in runs):
@@ -207,42 +212,70 @@ def _gain(row: Row, target: Row) -> str:
 
 
 def robustness(folders: Sequence[Path]) -> str:
-    """A Markdown table: how many runs diverged at up to twice the best rate of the base, of hybrids and of the base.
+    """A Markdown table: what becomes of hybrids at up to twice the best rate of the base, and of the base there.
 
-    All runs of full length count, those that tuned a method too.
+    All runs of full length count, those that tuned a method too. A pair is a run of the hybrid and one of its base at
+    the same rate, with the same seed.
     """
     lines = [
-        ["task and batch", "method", "best rate of the base", "runs at up to twice that", "diverged", "base alone"]
+        [
+            "task and batch",
+            "steps",
+            "method",
+            "best rate of the base",
+            "runs at up to twice that",
+            "diverged",
+            "base alone",
+            "pairs at up to the best rate",
+            "hybrid higher by more than a tenth",
+            "pairs at up to twice that",
+            "hybrid more than three times as high",
+        ]
     ]
     lines.append(["---"] * len(lines[0]))
     for folder in folders:
         store = Store(folder)
-        num_steps = summarize(store).num_steps
-        for method in (name for name in registry.METHODS if name in store.methods):
-            head = store.head(method)
-            base = head["options"].get("base")
-            tuning = tuning_runs(store.runs(base), num_steps) if base else {}
-            if head["kind"] != "hybrid" or not tuning:
-                continue
-            rate = best_rate(tuning)
-            runs, of_base = (
-                [run for run in store.runs(name).values() if run["rate"] <= 2 * rate and run["num_steps"] == num_steps]
-                for name in (method, base)
-            )
-            failed, base_failed = (sum(run["status"] != "ok" for run in found) for found in (runs, of_base))
-            alone = f"{base_failed} of {len(of_base)}"
-            lines.append([folder.name, method, f"{rate:g}", f"{len(runs)}", f"{failed}", alone])
+        for num_steps in lengths(store):
+            for method in (name for name in registry.METHODS if name in store.methods):
+                found = _beside_its_base(store, method, num_steps)
+                if found is not None:
+                    lines.append([folder.name, f"{num_steps}", method, *found])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _beside_its_base(store: Store, method: str, num_steps: int) -> list[str] | None:
+    """The cells of `robustness` for a method, or None if it has no base, or one that was not tuned."""
+    head = store.head(method)
+    base = head["options"].get("base")
+    tuning = tuning_runs(store.runs(base), num_steps) if base else {}
+    if head["kind"] != "hybrid" or not tuning:
+        return None
+    best = best_rate(tuning)
+    runs, of_base = (
+        {
+            (run["rate"], run["seed"]): run
+            for run in store.runs(name).values()
+            if run["rate"] <= 2 * best and run["num_steps"] == num_steps
+        }
+        for name in (method, base)
+    )
+    if not runs:
+        return None
+    failed, base_failed = (sum(run["status"] != "ok" for run in found.values()) for found in (runs, of_base))
+    pairs = [(key[0], loss_of(runs[key]), loss_of(of_base[key])) for key in runs if key in of_base]
+    usual = [(loss, beside) for rate, loss, beside in pairs if rate <= best]
+    higher = sum(loss > 1.1 * beside for loss, beside in usual)
+    far_higher = sum(loss > 3 * beside for _, loss, beside in pairs)
+    counts = [len(usual), higher, len(pairs), far_higher]
+    return [f"{best:g}", f"{len(runs)}", f"{failed}", f"{base_failed} of {len(of_base)}", *map(str, counts)]
 
 
 def plot(summary: Summary, path: Path) -> None:
     """Training loss against seconds, or against steps where no method was timed.
 
-    Ablations are left out where there are hybrids besides.
     Where the solution is known, loss and relative error, against steps and against seconds.
     """
     rows = [row for row in summary.rows if row.head["kind"] != "ablation"]
-    rows = rows if any(row.head["kind"] == "hybrid" for row in rows) else summary.rows
     timed = any(row.seconds_per_step is not None for row in summary.rows)
     units = ["seconds"] if timed else ["steps"]
     curves = {"training loss": "losses"}
@@ -281,7 +314,8 @@ step is the mean over both halves. What a line search evaluates is in the time o
 Losses are means over the seeds, with their standard deviation, on a fixed part of the training data. "To a loss" is the
 steps to the mean final loss of another method, the seconds they take, and how many times faster that is than the method
 that set the target: the first crossing of the mean curve or, where it is sooner, the shortest schedule of 1/3, 1/2
-or 2/3 of the length that ends at the target or below, for methods that were trained with such. A method of which a seed
+or 2/3 of the length that ends at the target or below, for methods that were trained with such (or one of another length
+that has a table of its own, if its best rate is the same). A method of which a seed
 diverged counts as not reaching. Step times were taken alone, several methods of a task in turns in one process (which
 ones, `_timing.json` of the task says), compilation excluded. The test loss of differential equations and
 of `image_field` is the relative error in the L2 norm. "MiB" is what a step holds at once, by the compiler: parameters,
@@ -299,18 +333,19 @@ def write(results: Path, docs: Path) -> Path:
     by_task: dict[str, list[Summary]] = {}
     for folder in sorted(folders, key=_place):
         store = Store(folder)
-        summary = summarize(store)
-        if not summary.rows:
+        summaries = [summarize(store, num_steps) for num_steps in lengths(store)]
+        if not summaries:
             continue
-        head = summary.rows[0].head
-        by_task.setdefault(head["task"], []).append(summary)
-        image = f"benchmarks_{summary.name}.png"
-        plot(summary, docs / image)
+        head = summaries[0].rows[0].head
+        by_task.setdefault(head["task"], []).append(summaries[0])
         device = f"{head['machine']['processor']}, {head['machine']['cores']} cores" if "machine" in head else _MISSING
         parts.append(f"## {head['task']}, batch {head['batch_size']}\n")
-        parts.append(f"{summary.num_steps} steps; {device}.\n")
-        parts.append(table(summary))
-        parts.append(f"![Training loss against time]({image})\n")
+        for i, summary in enumerate(summaries):
+            image = f"benchmarks_{summary.name}{f'_{summary.num_steps}' if i else ''}.png"
+            plot(summary, docs / image)
+            parts.append(f"{summary.num_steps} steps; {device}.\n")
+            parts.append(table(summary))
+            parts.append(f"![Training loss against time]({image})\n")
     for task, summaries in by_task.items():
         if len(summaries) > 1:
             parts += [f"## {task}, gain on Adam by batch size\n", by_batch_size(summaries)]
