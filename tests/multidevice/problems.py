@@ -1,4 +1,4 @@
-"""An MLP and a convolutional network on synthetic images, small enough to train in every situation."""
+"""An MLP and a convolutional network on synthetic images, and a physics-informed one, small enough for every situation."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from dho2_optax.poc import equations
 
 
 class Problem(NamedTuple):
@@ -71,3 +73,26 @@ def cnn() -> Problem:
         "out": _normal(5, 45, 5),
     }
     return Problem(params, _batch(), _cnn_loss, optax.adam(1e-3))
+
+
+def burgers(num_points: int = 96, width: int = 12) -> Problem:
+    """Burgers' equation by a network with two hidden layers of `width` units, with all its points in the batch."""
+    equation = equations.burgers()
+    sizes = (2, width, width, 1)
+    params = [
+        {"kernel": _normal(seed, *shape), "bias": jnp.zeros(shape[1])}
+        for seed, shape in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+    ]
+
+    def network(params: Any, point: jax.Array) -> jax.Array:
+        hidden = point
+        for layer in params[:-1]:
+            hidden = jnp.tanh(hidden @ layer["kernel"] + layer["bias"])
+        return (hidden @ params[-1]["kernel"] + params[-1]["bias"])[0]
+
+    return Problem(
+        params,
+        jnp.asarray(equation.points(num_points, seed=0)),
+        lambda params, points: equation.loss(functools.partial(network, params), points),
+        optax.adam(1e-2),
+    )
