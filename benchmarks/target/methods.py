@@ -308,11 +308,18 @@ def _dho2(
     )
 
 
-def _of_one_batch(base: str, refresh_interval: int, note: str = "", **options: Any) -> Method:
+def _of_one_batch(
+    base: str,
+    refresh_interval: int,
+    note: str = "",
+    *,
+    kind: Literal["hybrid", "ablation"] = "hybrid",
+    **options: Any,
+) -> Method:
     """`dho2` for problems with one batch, where what limits the hybrid is how many pairs it has."""
     words = f"rank 30 by 32 products, a refresh every {refresh_interval} updates{note and ', ' + note}"
     method = _dho2(base, words, **{**_ONE_BATCH, "refresh_interval": refresh_interval}, **options)
-    return dataclasses.replace(method, kind="hybrid", only_full_batch=True)
+    return dataclasses.replace(method, kind=kind, only_full_batch=True)
 
 
 def _mr_dho2(base: str, note: str = "", *, curvature_batch_size: int | None = None, **options: Any) -> Method:
@@ -370,6 +377,8 @@ METHODS: dict[str, Method] = {
     "dho2_soap_rank30": _of_one_batch("soap", 50, "no metric", metric=None),
     "dho2_adam_rank30_interval100": _of_one_batch("adam", 100),
     "dho2_soap_rank30_interval100": _of_one_batch("soap", 100, "no metric", metric=None),
+    "dho2_sgd_rank30": _of_one_batch("sgd", 50),
+    "dho2_muon_rank30": _of_one_batch("muon", 50),
     "mr_dho2_sgd": _mr_dho2("sgd"),
     "mr_dho2_adam": _mr_dho2("adam"),
     "dho2_adam_alpha0": _dho2("adam", "no step in the subspace", alpha=0.0),
@@ -382,6 +391,19 @@ METHODS: dict[str, Method] = {
     "dho2_adam_often": _dho2(
         "adam", "a refresh every 50 updates, products on 128 samples", refresh_interval=50, curvature_batch_size=128
     ),
+    "dho2_adam_rank30_no_metric": _of_one_batch("adam", 50, "no metric", kind="ablation", metric=None),
+    "dho2_adam_rank30_alpha0": _of_one_batch("adam", 50, "no step in the subspace", kind="ablation", alpha=0.0),
+    "dho2_adam_rank30_unscaled": _of_one_batch(
+        "adam", 50, "the base not scaled", kind="ablation", base_scale_limit=1.0
+    ),
+    "dho2_soap_rank30_metric": _of_one_batch("soap", 50, "its metric", kind="ablation", metric="base"),
+    "dho2_soap_rank30_alpha0": _of_one_batch(
+        "soap", 50, "no metric, no step in the subspace", kind="ablation", metric=None, alpha=0.0
+    ),
+    "dho2_soap_rank30_unscaled": _of_one_batch(
+        "soap", 50, "no metric, the base not scaled", kind="ablation", metric=None, base_scale_limit=1.0
+    ),
+    "dho2_soap_no_metric": _dho2("soap", "no metric", metric=None),
     "dho2_adam_interval200": _dho2("adam", "a refresh every 200 updates", refresh_interval=200),
     "dho2_adam_order4": _dho2("adam", "order 4 * rank", order=4 * _DHO2["rank"]),
     "dho2_adam_curvature128": _dho2("adam", "products on 128 samples", curvature_batch_size=128),

@@ -1,6 +1,7 @@
-"""An MLP and a convolutional network on synthetic images, and a physics-informed one, small enough for every situation."""
+"""An MLP and a CNN on synthetic images, and a physics-informed network: small enough to train in every situation."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ def burgers(num_points: int = 96, width: int = 12) -> Problem:
     sizes = (2, width, width, 1)
     params = [
         {"kernel": _normal(seed, *shape), "bias": jnp.zeros(shape[1])}
-        for seed, shape in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+        for seed, shape in enumerate(itertools.pairwise(sizes))
     ]
 
     def network(params: Any, point: jax.Array) -> jax.Array:
