@@ -214,7 +214,7 @@ def factors_of(settings: Settings, base_state: Any, params: Any) -> Factors | No
     on_segments, metric = settings.base_on_segments, settings.metric
     if metric is None:
         return None
-    if metric == "auto" and not metric_lib.is_readable(base_state, _seen_by_base(settings, params)):
+    if metric == "auto" and not metric_lib.is_default(base_state, _seen_by_base(settings, params)):
         return None
     chosen = metric_lib.of_base(base_state) if settings.own_metric is None else settings.own_metric
     return metric_lib.snapshot(chosen, base_state, params, settings.axis_name, segmented_base=on_segments)

@@ -316,8 +316,13 @@ def of_base(base_state: Any) -> Metric:
     return KRONECKER if any(name == KroneckerState.__name__ for name, _ in _walk(base_state)) else DIAGONAL
 
 
-def is_readable(base_state: Any, like: Vector) -> bool:
-    """Whether :func:`of_base` can read the preconditioner of a base."""
+def is_default(base_state: Any, like: Vector) -> bool:
+    """Whether a base's own metric is used if nothing is said: where it can be read, and costs little.
+
+    The half-powers of a Kronecker-factored one cost more than the rest of an update, and gain nothing (README).
+    """
+    if of_base(base_state) is KRONECKER:
+        return False
     try:
         jax.eval_shape(lambda state: of_base(base_state).factors(state, like, None), base_state)
     except ValueError:

@@ -349,6 +349,9 @@ def test_by_default_the_metric_is_that_of_a_base_which_has_one(name):
     assert without.factors is None
     assert _FACTORIES[name](optax.adam(0.01), metric=None).init(_PARAMS).factors is None
     assert _FACTORIES[name](optax.contrib.muon(0.01)).init(_PARAMS).factors is None
+    for costly in (dho2.soap(0.01), optax.chain(dho2.shampoo(0.01))):
+        assert _FACTORIES[name](costly).init(_PARAMS).factors is None
+        assert _FACTORIES[name](costly, metric="base").init(_PARAMS).factors is not None
 
 
 @pytest.mark.parametrize("base", [dho2.soap, dho2.shampoo], ids=["soap", "shampoo"])

@@ -197,7 +197,7 @@ _BASES = {
     "adam": lambda: (optax.adam(1e-2), {}),
     "adam on whole leaves": lambda: (optax.adam(1e-2), {"base_on_segments": False}),
     "sgd": lambda: (optax.sgd(1e-3, momentum=0.9), {}),
-    "soap": lambda: (dho2.soap(1e-2), {"base_on_segments": False}),
+    "soap": lambda: (dho2.soap(1e-2), {"base_on_segments": False, "metric": "base"}),
     "a metric of one's own": lambda: (optax.adam(1e-2), {"metric": _OWN_METRIC}),
 }
 
@@ -223,7 +223,8 @@ def _train_small(base, mesh=None, group_size=1, in_shard_map=False):
         init = jax.shard_map(init, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False)
         step = jax.shard_map(step, mesh=mesh, in_specs=(P(), specs, P()), out_specs=(P(), specs), check_vma=False)
     state, step = jax.jit(init)(params), jax.jit(step)
-    options = {"rank": 2, "order": 6, "interval": 3, "deterministic": True, "metric": options.get("metric")}
+    own = options.get("metric")  # what the state does not tell
+    options = {"rank": 2, "order": 6, "interval": 3, "deterministic": True, "metric": None if own == "base" else own}
     with dho2.CurvatureGroup(_small_loss, **grouped(devices=jax.devices()[-group_size:], **options)) as group:
         for _ in range(10):
             params, state = step(params, state, batch)
