@@ -229,7 +229,7 @@ def measure(case: Case, problem: Problem) -> dict[str, Any]:
 
 
 def _large(text: str, least: float) -> list[dict[str, Any]]:
-    """The collectives of at least so many bytes, and where they are: in every step, in a refresh or probe, in its loop."""
+    """The collectives of at least so many bytes, and where: in every step, in a refresh or probe, in its loop."""
     found: dict[tuple[str, str, int, int], int] = {}
     for one in plan.collectives(text):
         if one.bytes >= least:
@@ -275,24 +275,32 @@ def cases(models: Sequence[str], platforms: Sequence[str], methods: Sequence[str
     def add(model: str, platform: str, devices: Iterable[int], names: Iterable[str], rank: int = 8) -> None:
         found.extend(Case(model, platform, count, name, rank) for count in devices for name in names)
 
-    every = ("dho2", "adam", "product", "mr_dho2")
-    add("resnet50", "v5e", (64, 8), every)
-    add("pythia_1b", "v5e", (64, 8), ("dho2", "adam", "product"))
-    add("resnet50", "v5e", (256, 1, 16), every)
-    add("gpt2", "v5e", (64,), ("dho2", "mr_dho2", "adam", "product"))
-    add("gpt2", "v5e", (64,), ("dho2", "mr_dho2"), rank=16)
+    every, some = ("dho2", "product", "adam", "mr_dho2"), ("dho2", "product", "adam")
+    add("resnet50", "v5e", (64, 8), some)
+    add("resnet50", "v5e", (1, 256), ("dho2", "product"))
+    add("resnet50", "v5e", (64, 8), ("mr_dho2",))
+    add("pythia_1b", "v5e", (64,), ("dho2", "product"))
+    add("gpt2", "v5e", (64,), ("dho2",), rank=16)
+    add("gpt2", "v5e", (64,), ("dho2", "product"))
+    add("resnet50", "v5e", (1, 256), ("adam", "mr_dho2"))
     add("gpt2_trained", "v5e", (64,), ("dho2", "product"))
+    add("resnet50", "v6e", (64,), some)
+    add("resnet50", "v5e", (16,), every)
+    add("pythia_1b", "v5e", (8,), some)
+    add("gpt2", "v5e", (64,), ("mr_dho2",))
+    add("gpt2", "v5e", (64,), ("mr_dho2",), rank=16)
     add("gpt2_trained", "v5e", (64,), ("dho2",), rank=16)
-    for platform in ("v6e", "v5p"):
-        add("resnet50", platform, (64,), ("dho2", "adam", "product"))
+    add("resnet50", "v5p", (64,), some)
     add("resnet50", "v5e", (1, 64), ("whole",))
     for model in ("vgg16", "gpt2", "pythia_1b"):
-        add(model, "cpu", (1, 8, 2, 4), every)
-    for model in ("gpt2", "vgg16"):
+        add(model, "cpu", (1, 8), every)
+    add("resnet50", "cpu", (1, 8), some)
+    for model in ("vgg16", "gpt2"):
         add(model, "cpu", (1, 8), ("dho2", "mr_dho2"), rank=16)
-    add("resnet50", "cpu", (1, 8, 2, 4), every)
-    add("resnet152", "cpu", (1, 8), ("dho2", "adam", "product"))
-    add("resnet50", "cpu", (8,), ("dho2", "mr_dho2"), rank=16)
+    for model in ("vgg16", "gpt2", "resnet50"):
+        add(model, "cpu", (2, 4), some)
+    add("resnet152", "cpu", (1, 8), some)
+    add("resnet50", "cpu", (1, 8), ("mr_dho2",))
     return [one for one in found if one.model in models and one.platform in platforms and one.method in methods]
 
 
@@ -345,8 +353,107 @@ def _line(row: dict[str, Any]) -> str:
     return f"{' '.join(map(str, key(row)))}: {counts} vectors, {row['cpu_seconds']:.0f} CPU s"
 
 
+def curvature_share(rows: Sequence[dict[str, Any]], case: Case) -> int | None:
+    """Bytes of a hybrid on one device, less those of Adam with products; None where one of them is not there."""
+    found = {key(row): row["memory"]["total"] for row in rows}
+    without = case._replace(method="product", rank=8)
+    return found[case] - found[without] if case in found and without in found else None
+
+
+def vectors_held(method: str, rank: int) -> int:
+    """How many vectors, split over the devices, a hybrid holds at its peak, as its design says.
+
+    Eigenvectors, Krylov basis of twice as many, the new eigenvectors while the old ones are still there, and the
+    factors of the metric; in `mr_dho2` those of the running cycle too.
+    """
+    return rank + 2 * rank + rank + (2 if method == "mr_dho2" else 1)
+
+
+_HEAD = (
+    "devices",
+    "Adam",
+    "Adam and products",
+    "`dho2`",
+    "curvature in it",
+    "part of one device",
+    "by design",
+    "`mr_dho2`",
+    "curvature in it",
+    "part of one device",
+    "as published",
+)
+
+
 def table(results: dict[str, Any]) -> str:
-    return "\n".join(_line(row) for row in results["rows"])
+    """MiB on one device as Markdown, a table for each model and platform, at rank 8; and what one more pair costs."""
+    rows = results["rows"]
+    parts = []
+    for model, platform in dict.fromkeys((row["model"], row["platform"]) for row in rows):
+        chosen = [row for row in rows if (row["model"], row["platform"]) == (model, platform)]
+        devices = sorted({row["devices"] for row in chosen})
+        lines = [_HEAD, ["---"] * len(_HEAD)]
+        lines += [_cells(rows, Case(model, platform, count, "dho2", 8), chosen[0]["num_params"]) for count in devices]
+        title = f"{model}, {chosen[0]['num_params']:,} parameters, {platform}, MiB"
+        parts.append("\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines)]))
+    return "\n\n".join([*parts, *_pairs(rows)])
+
+
+def _cells(rows: Sequence[dict[str, Any]], case: Case, num_params: int) -> list[str]:
+    found = {key(row): row["memory"]["total"] for row in rows}
+    total = lambda method: found.get(case._replace(method=method))  # noqa: E731
+    cells = [str(case.devices), _mib(total("adam")), _mib(total("product"))]
+    for method in ("dho2", "mr_dho2"):
+        share = curvature_share(rows, case._replace(method=method))
+        one = curvature_share(rows, case._replace(method=method, devices=1))
+        cells += [_mib(total(method)), _mib(share), f"1/{one / share:.1f}" if share and one else "-"]
+        if method == "dho2":
+            cells.append(_mib(vectors_held(method, case.rank) * 4 * num_params / case.devices))
+    return [*cells, _mib(case.rank * 4 * num_params)]
+
+
+def _pairs(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What one more eigenpair costs on a device, in vectors of the whole model divided by the number of devices."""
+    found = {key(row): row for row in rows}
+    lines = []
+    for case, row in found.items():
+        less = case._replace(rank=case.rank // 2)
+        if case.rank == 16 and less in found:
+            vector = 4 * row["num_params"] / case.devices
+            more = (row["memory"]["total"] - found[less]["memory"]["total"]) / (case.rank - less.rank) / vector
+            lines.append(f"{case.model}, {case.platform}, {case.devices} devices, {case.method}: {more:.3f} vectors")
+    return lines
+
+
+def _mib(size: float | None) -> str:
+    return "-" if size is None else f"{size / 2**20:,.1f}" if size < 2**24 else f"{size / 2**20:,.0f}"
+
+
+def plot(rows: Sequence[dict[str, Any]], model: str, platform: str, path: Path) -> None:
+    """Bytes on one device against the number of devices, and the line that they would fall along."""
+    from matplotlib.figure import Figure  # of the extra `poc`
+
+    chosen = [row for row in rows if (row["model"], row["platform"]) == (model, platform) and row["rank"] == 8]
+    devices = sorted({row["devices"] for row in chosen})
+    num_params = chosen[0]["num_params"]
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for method, colour, label in (("dho2", "C0", "`dho2`"), ("mr_dho2", "C1", "`mr_dho2`")):
+        shares = {n: curvature_share(rows, Case(model, platform, n, method, 8)) for n in devices}
+        known = {n: share / 2**20 for n, share in shares.items() if share}
+        axes.plot(list(known), list(known.values()), "o-", color=colour, label=f"curvature of {label}".replace("`", ""))
+        first = min(known)
+        ideal = [known[first] * first / n for n in devices]
+        axes.plot(devices, ideal, ":", color=colour, label=f"the same, divided by the devices ({method})")
+    axes.axhline(8 * 4 * num_params / 2**20, color="C3", linestyle="--", label="eigenvectors, whole on every device")
+    totals = {row["devices"]: row["memory"]["total"] / 2**20 for row in chosen if row["method"] == "product"}
+    axes.plot(*zip(*sorted(totals.items()), strict=True), "s-", color="0.6", label="Adam and a Hessian product")
+    axes.set(xscale="log", yscale="log", xlabel="devices", ylabel="MiB on each device")
+    axes.set_xticks(devices, [str(n) for n in devices])
+    axes.minorticks_off()
+    axes.set_title(f"{model}, {num_params / 1e6:.1f} million parameters, rank 8, order 16, {platform}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

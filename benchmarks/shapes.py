@@ -33,9 +33,9 @@ def gpt2() -> Shapes:
 
 
 def pythia_1b() -> Shapes:
-    """Pythia of 1 billion parameters, with rotary positions (Biderman et al., ICML 2023, table 1); layers are stacked."""
+    """The Pythia of 1 billion parameters (Biderman et al., ICML 2023, table 1); layers are stacked."""
     shapes = _initialized(networks.transformer(16, 2048, 8, 50304, length=2048, batch_size=1, scanned=True))
-    del shapes["positions"]
+    del shapes["positions"]  # they are rotary there
     return shapes
 
 

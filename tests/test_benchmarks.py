@@ -1,6 +1,8 @@
 """The harness of `benchmarks.target`: rules and arithmetic, and a small study from end to end. No timing is checked."""
 
 import dataclasses
+import functools
+import importlib.util
 import json
 import math
 import sys
@@ -13,7 +15,7 @@ import optax
 import pytest
 
 import dho2_optax as dho2
-from benchmarks import accelerator, bounds, compile, hostile, machine, networks
+from benchmarks import accelerator, bounds, compile, hostile, machine, memory, networks, shapes
 from benchmarks.target import methods, report, safeguards, tasks, training
 from benchmarks.target.equations import EQUATIONS, relative_error
 from benchmarks.target.interface import Method, Setting, Trainer
@@ -654,3 +656,59 @@ def test_the_rules_are_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bounds", "--print", "--out", str(out)])
     bounds.main()
     assert printed.endswith(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("resnet50", 25_557_032), ("resnet152", 60_192_808), ("vgg16", 138_357_544), ("gpt2", 124_439_808)],
+)
+def test_published_networks_have_their_number_of_parameters(name, size):
+    assert shapes.num_params(shapes.MODELS[name]()) == size
+
+
+def test_scanned_layers_compute_what_layers_one_by_one_do():
+    build = functools.partial(networks.transformer, 2, 16, num_heads=2, vocabulary=32, length=8, batch_size=4)
+    one_by_one, scanned = build(), build(scanned=True)
+    params, tokens = one_by_one.init(jax.random.key(0)), one_by_one.batch(jax.random.key(1))
+    stacked = {**params, "layers": jax.tree.map(lambda *x: jnp.stack(x), *params["layers"])}
+    assert jax.tree.structure(stacked) == jax.tree.structure(scanned.init(jax.random.key(0)))
+    expected, found = one_by_one.loss_fn(params, tokens), scanned.loss_fn(stacked, tokens)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+TINY = {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32), "bias": jax.ShapeDtypeStruct((512,), jnp.float32)}
+
+
+def _tiny_rows(platform, cases):
+    problem = memory.problem("resnet50")._replace(params=TINY)
+    return [memory.measure(memory.Case("resnet50", platform, *case, rank=8), problem) for case in cases]
+
+
+def test_what_curvature_holds_falls_with_the_devices():
+    rows = _tiny_rows("cpu", [(devices, method) for devices in (1, 8) for method in ("product", "dho2", "mr_dho2")])
+    vector = 4 * (512 * 512 + 512)
+    assert rows[4]["state"]["eigenvectors"] == rows[1]["state"]["eigenvectors"] / 8 == vector
+    assert rows[5]["state"]["basis"] == rows[2]["state"]["basis"] / 8 == 2 * vector
+    for method in ("dho2", "mr_dho2"):
+        one, eight = (memory.curvature_share(rows, memory.Case("resnet50", "cpu", n, method, 8)) for n in (1, 8))
+        assert one == pytest.approx(memory.vectors_held(method, 8) * vector, rel=0.1)
+        assert eight <= one / 7.5
+    lines = memory.table({"rows": rows}).splitlines()
+    assert [line.split(" | ")[0] for line in lines[-2:]] == ["| 1", "| 8"]
+    assert "1/1.0" in lines[-2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the package libtpu is not installed")
+def test_tpu_programs_are_read_without_a_tpu(monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    [row] = _tiny_rows("v5e", [(64, "dho2")])
+    assert row["state"]["eigenvectors"] == 8 * 4 * (512 * 512 + 512) / 64
+    gathered = [found for found in row["collectives"] if found["op"] == "all-gather"]
+    assert {(found["where"], found["group"], found["count"]) for found in gathered} == {
+        ("step", 64, 1),
+        ("loop", 64, 1),
+    }
+    assert all(found["bytes"] == 4 * (512 * 512 + 512) for found in gathered)
+    assert row["stacks"]
+    assert max(stack["padded"] for stack in row["stacks"]) < 1.3
