@@ -3,9 +3,9 @@
     python -m benchmarks.memory               # prints tables, writes benchmarks/results/memory.json and docs/memory.png
     python -m benchmarks.memory --print       # prints the tables of results that are there
 
-Nothing is allocated and nothing runs: programs are compiled for the shapes of published networks, on 1 to 8 virtual CPU
-devices and, where the package `libtpu` is installed, for slices of TPU chips that nobody has to have. Measured is the
-update ``(parameters, state, gradient, batch) -> (parameters, state)``, with parameters and state donated, the state
+Nothing is allocated and nothing runs: programs are compiled for the shapes of published networks, on 1 to 256 virtual
+CPU devices and, where the package `libtpu` is installed, for slices of TPU chips that nobody has to have. Measured is
+the update ``(parameters, state, gradient, batch) -> (parameters, state)``, with parameters and state donated, the state
 split over all devices and parameters and gradient whole on each. Compared are
 
 * ``whole``, Adam with its whole state on every device, as without this package;
@@ -294,10 +294,14 @@ def cases(models: Sequence[str], platforms: Sequence[str], methods: Sequence[str
     add("resnet50", "v5e", (1, 64), ("whole",))
     for model in ("vgg16", "gpt2", "pythia_1b"):
         add(model, "cpu", (1, 8), every)
-    add("resnet50", "cpu", (1, 8), some)
+    add("gpt2", "cpu", (64, 2, 4), every)
+    add("resnet50", "cpu", (1, 8, 64), some)
     for model in ("vgg16", "gpt2"):
         add(model, "cpu", (1, 8), ("dho2", "mr_dho2"), rank=16)
-    for model in ("vgg16", "gpt2", "resnet50"):
+    add("gpt2", "cpu", (16, 256), every)
+    for model in ("pythia_1b", "vgg16"):
+        add(model, "cpu", (64,), some)
+    for model in ("vgg16", "resnet50"):
         add(model, "cpu", (2, 4), some)
     add("resnet152", "cpu", (1, 8), some)
     add("resnet50", "cpu", (1, 8), ("mr_dho2",))
@@ -318,7 +322,7 @@ def main() -> None:
         return
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_num_cpu_devices", 256)
     jax.config.update("jax_enable_compilation_cache", False)
     wanted = cases(arguments.models, arguments.platforms, arguments.methods)
     if arguments.devices:

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import dho2_optax as dho2
-from benchmarks import accelerator, bounds, compile, hostile, machine, memory, networks, shapes
+from benchmarks import accelerator, bounds, compile, hostile, machine, memory, networks, scale, shapes
 from benchmarks.target import methods, report, safeguards, tasks, training
 from benchmarks.target.equations import EQUATIONS, relative_error
 from benchmarks.target.interface import Method, Setting, Trainer
@@ -703,12 +703,63 @@ def test_tpu_programs_are_read_without_a_tpu(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     [row] = _tiny_rows("v5e", [(64, "dho2")])
-    assert row["state"]["eigenvectors"] == 8 * 4 * (512 * 512 + 512) / 64
-    gathered = [found for found in row["collectives"] if found["op"] == "all-gather"]
-    assert {(found["where"], found["group"], found["count"]) for found in gathered} == {
-        ("step", 64, 1),
-        ("loop", 64, 1),
-    }
-    assert all(found["bytes"] == 4 * (512 * 512 + 512) for found in gathered)
+    vector = 4 * (512 * 512 + 512)
+    assert row["state"]["eigenvectors"] == 8 * vector / 64
+    # Of small vectors the compiler makes an all-gather an all-reduce.
+    whole = [
+        (found["where"], found["group"], found["count"]) for found in row["collectives"] if found["bytes"] >= vector
+    ]
+    assert whole == [("loop", 64, 2), ("step", 64, 1)]
     assert row["stacks"]
     assert max(stack["padded"] for stack in row["stacks"]) < 1.3
+
+
+def test_an_all_gather_takes_as_long_as_the_links_of_a_chip_need():
+    chip = scale.CHIPS["v5e"]
+    assert scale.exchange(chip, 256, 200e9) == pytest.approx(255 / 256)  # two rings, one direction
+    assert scale.exchange(chip, 128, 200e9) == pytest.approx(127 / 128 / 0.75)  # one ring
+    assert scale.exchange(chip, 64, 200e9) == pytest.approx(63 / 64 / 0.5)
+    assert scale.exchange(scale.CHIPS["v5p"], 64, 600e9) == pytest.approx(63 / 64)
+
+
+def _tpu_rows(num_params):
+    vector = 4 * num_params
+    gather = {"op": "all-gather", "bytes": vector, "count": 1}
+    rows = []
+    for method, touched in (("adam", 10), ("product", 16), ("dho2", 40)):
+        case = memory.Case("resnet50", "v5e", 64, method, 8)
+        found = [{**gather, "where": "step"}, {**gather, "where": "loop"}]
+        found.append({"op": "reduce-scatter", "where": "loop", "bytes": vector / 64, "count": 1})
+        cost = {"bytes accessed": touched * vector}
+        rows.append({**case._asdict(), "num_params": num_params, "cost": cost, "collectives": found})
+    return rows
+
+
+def test_predicted_times_are_work_and_memory_and_communication():
+    rows = _tpu_rows(1_000_000)
+    assert scale.programs(rows[:2], "resnet50") is None
+    found = scale.programs(rows, "resnet50")
+    assert found == scale.Programs(4e6, 40e6, 24e6, 4e6, 8e6)
+    chip = scale.CHIPS["v5e"]._replace(links=math.inf, memory=math.inf)
+    work = scale.predict(found, 64 * scale.UTILIZATION * chip.flops, chip, 64)
+    assert work == pytest.approx((1, 1, 4))  # 16 products, on an eighth of the batch, of twice the work
+    assert work.mean == pytest.approx(1.08)
+    idle = scale.predict(found, 0.0, scale.CHIPS["v5e"]._replace(links=math.inf), 64)
+    assert idle == pytest.approx(tuple(x / 819e9 for x in (28e6, 40e6 + 2e6, 16 * (24e6 + 2e6))))
+    assert scale.table(rows).count("| v5e |") == len(scale.DEVICES)
+
+
+def test_chips_pay_until_doubling_them_no_longer_helps():
+    assert scale.last_that_pays({8: 8.0, 16: 4.5, 32: 3.0, 64: 2.5}) == 32
+    assert scale.last_that_pays({8: 8.0, 16: 7.5}) == 8
+    assert scale.last_that_pays({8: 8.0, 16: 4.0}) == 16
+
+
+def test_without_programs_nothing_is_predicted(tmp_path, monkeypatch, capsys):
+    for results in (tmp_path / "missing.json", tmp_path / "empty.json"):
+        (tmp_path / "empty.json").write_text('{"rows": []}')
+        monkeypatch.setattr(sys, "argv", ["scale", "--results", str(results)])
+        with pytest.raises(SystemExit) as stopped:
+            scale.main()
+        assert stopped.value.code == 2
+        assert "python -m benchmarks.memory" in capsys.readouterr().err
