@@ -294,17 +294,13 @@ def cases(models: Sequence[str], platforms: Sequence[str], methods: Sequence[str
     add("resnet50", "v5e", (1, 64), ("whole",))
     for model in ("vgg16", "gpt2", "pythia_1b"):
         add(model, "cpu", (1, 8), every)
-    add("gpt2", "cpu", (64, 2, 4), every)
+    add("gpt2", "cpu", (64,), every)
+    add("gpt2", "cpu", (1, 8, 64), ("dho2", "mr_dho2"), rank=16)
+    add("gpt2", "cpu", (16, 2, 4, 256), every)
+    add("pythia_1b", "cpu", (64,), some)
     add("resnet50", "cpu", (1, 8, 64), some)
-    for model in ("vgg16", "gpt2"):
-        add(model, "cpu", (1, 8), ("dho2", "mr_dho2"), rank=16)
-    add("gpt2", "cpu", (16, 256), every)
-    for model in ("pythia_1b", "vgg16"):
-        add(model, "cpu", (64,), some)
-    for model in ("vgg16", "resnet50"):
-        add(model, "cpu", (2, 4), some)
+    add("vgg16", "cpu", (64, 2, 4), some)
     add("resnet152", "cpu", (1, 8), some)
-    add("resnet50", "cpu", (1, 8), ("mr_dho2",))
     return [one for one in found if one.model in models and one.platform in platforms and one.method in methods]
 
 
@@ -316,6 +312,7 @@ def main() -> None:
     parser.add_argument("--platforms", nargs="+", choices=("cpu", *TPU), default=("cpu", *TPU), metavar="PLATFORM")
     parser.add_argument("--devices", nargs="+", type=int, help="of those that are measured, these numbers alone")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=tuple(METHODS), metavar="METHOD")
+    parser.add_argument("--plot", type=Path, default=Path(__file__).parents[1] / "docs" / "memory.png")
     parser.add_argument("--keep", action="store_true", help="keep the rows that are there, and measure what is missing")
     arguments = machine.parse(parser, RESULTS, table)
     if arguments is None:
@@ -341,6 +338,8 @@ def main() -> None:
         arguments.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
         jax.clear_caches()
     print(table({"rows": rows}))
+    if importlib.util.find_spec("matplotlib"):
+        plot(rows, arguments.plot)
     if left_out:
         print(f"{len(left_out)} programs for TPU were left out: the package libtpu is not installed.")
 
@@ -432,32 +431,53 @@ def _mib(size: float | None) -> str:
     return "-" if size is None else f"{size / 2**20:,.1f}" if size < 2**24 else f"{size / 2**20:,.0f}"
 
 
-def plot(rows: Sequence[dict[str, Any]], model: str, platform: str, path: Path) -> None:
-    """Bytes on one device against the number of devices, and the line that they would fall along."""
+PANELS = (("gpt2", "cpu"), ("resnet50", "v5e"))
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bytes on one device against the number of devices, and the line along which they would fall."""
     from matplotlib.figure import Figure  # of the extra `poc`
 
-    chosen = [row for row in rows if (row["model"], row["platform"]) == (model, platform) and row["rank"] == 8]
+    figure = Figure(figsize=(5.2 * len(PANELS), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(PANELS), squeeze=False)[0]
+    for axes, (model, platform) in zip(panels, PANELS, strict=True):
+        _panel(axes, rows, model, platform)
+    panels[0].set_ylabel("MiB on each device")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _panel(axes: Any, rows: Sequence[dict[str, Any]], model: str, platform: str) -> None:
+    chosen = [row for row in rows if (row["model"], row["platform"], row["rank"]) == (model, platform, 8)]
     devices = sorted({row["devices"] for row in chosen})
-    num_params = chosen[0]["num_params"]
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for method, colour, label in (("dho2", "C0", "`dho2`"), ("mr_dho2", "C1", "`mr_dho2`")):
+    num_params = shapes.num_params(shapes.MODELS[model]())
+    styles = {"whole": "v-", "product": "s-", "dho2": "o-", "mr_dho2": "o-"}
+    names = {"whole": "Adam, whole", "product": "Adam split, and Hessian products"}
+    colours = {"whole": "0.75", "product": "0.5", "dho2": "C0", "mr_dho2": "C1"}
+    for method, style in styles.items():
+        totals = {row["devices"]: row["memory"]["total"] / 2**20 for row in chosen if row["method"] == method}
+        if method in names:
+            axes.plot(*_sorted(totals), style, color=colours[method], markersize=4, label=names[method])
+            continue
+        axes.plot(*_sorted(totals), "--", color=colours[method], label=f"{method}, all in all")
         shares = {n: curvature_share(rows, Case(model, platform, n, method, 8)) for n in devices}
         known = {n: share / 2**20 for n, share in shares.items() if share}
-        axes.plot(list(known), list(known.values()), "o-", color=colour, label=f"curvature of {label}".replace("`", ""))
-        first = min(known)
-        ideal = [known[first] * first / n for n in devices]
-        axes.plot(devices, ideal, ":", color=colour, label=f"the same, divided by the devices ({method})")
-    axes.axhline(8 * 4 * num_params / 2**20, color="C3", linestyle="--", label="eigenvectors, whole on every device")
-    totals = {row["devices"]: row["memory"]["total"] / 2**20 for row in chosen if row["method"] == "product"}
-    axes.plot(*zip(*sorted(totals.items()), strict=True), "s-", color="0.6", label="Adam and a Hessian product")
-    axes.set(xscale="log", yscale="log", xlabel="devices", ylabel="MiB on each device")
+        axes.plot(*_sorted(known), style, color=colours[method], label=f"{method}, curvature")
+        ideal = {n: known[1] / n for n in devices} if 1 in known else {}
+        axes.plot(*_sorted(ideal), ":", color="black", label="divided by the devices" if method == "dho2" else None)
+    axes.axhline(8 * 4 * num_params / 2**20, color="C3", linestyle="-.", label="eigenvectors whole on each device")
+    axes.set(xscale="log", yscale="log", xlabel="devices")
     axes.set_xticks(devices, [str(n) for n in devices])
     axes.minorticks_off()
-    axes.set_title(f"{model}, {num_params / 1e6:.1f} million parameters, rank 8, order 16, {platform}", fontsize=10)
+    where = "virtual CPU devices" if platform == "cpu" else f"TPU {platform}"
+    axes.set_title(f"{model}, {num_params / 1e6:.1f} million parameters, rank 8, {where}", fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+
+
+def _sorted(points: dict[int, float]) -> tuple[list[int], list[float]]:
+    counts = sorted(points)
+    return counts, [points[n] for n in counts]
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ INTERVAL = 50  # updates between two refreshes
 RANK = 8
 ORDER = 16
 DEVICES = (8, 16, 32, 64, 128, 256)
-PAYS = 1.25  # twice as many chips pay as long as steps become this many times faster
+PAYS = 1.5  # twice as many chips pay as long as steps become this many times faster
 
 
 class Chip(NamedTuple):
