@@ -11,7 +11,7 @@ split over all devices and parameters and gradient whole on each. Compared are
 * ``whole``, Adam with its whole state on every device, as without this package;
 * ``adam``, the base alone, whose state is split as that of the hybrids;
 * ``product``, the same with sixteen Hessian products in a loop, but no Lanczos vectors: what any method needs that
-  makes products;
+  makes products in an update; and ``probe``, the same with one;
 * ``dho2`` and ``mr_dho2`` on Adam.
 
 The loss is a stand-in, the sum of the cosines of all parameters, times the mean of the batch: its product is a product
@@ -108,7 +108,8 @@ def _base_alone(loss_fn: Loss, products: int) -> optax.GradientTransformationExt
         gradient = layout.split(grads)
         if products:
             matvec = curvature.segmented_matvec(dho2.hessian(loss_fn), params, batch, AXIS)
-            gradient = jax.lax.fori_loop(0, products, lambda _, vector: matvec(vector), gradient)
+            several = functools.partial(jax.lax.fori_loop, 0, products, lambda _, vector: matvec(vector))
+            gradient = matvec(gradient) if products == 1 else several(gradient)
         updates, state = base.update(layout.unpack_segments(gradient), state)
         return layout.unpack(layout.gather(layout.pack_segments(updates))), state
 
@@ -160,6 +161,7 @@ METHODS: dict[str, Callable[[Problem, Mesh, int], Made]] = {
     "whole": _whole,
     "adam": _made_base(0),
     "product": _made_base(PRODUCTS),
+    "probe": _made_base(1),
     "dho2": _dho2,
     "mr_dho2": _mr_dho2,
 }
@@ -275,19 +277,19 @@ def cases(models: Sequence[str], platforms: Sequence[str], methods: Sequence[str
     def add(model: str, platform: str, devices: Iterable[int], names: Iterable[str], rank: int = 8) -> None:
         found.extend(Case(model, platform, count, name, rank) for count in devices for name in names)
 
-    every, some = ("dho2", "product", "adam", "mr_dho2"), ("dho2", "product", "adam")
+    every, some = ("dho2", "product", "adam", "mr_dho2", "probe"), ("dho2", "product", "adam")
     add("resnet50", "v5e", (64, 8), some)
     add("resnet50", "v5e", (1, 256), ("dho2", "product"))
-    add("resnet50", "v5e", (64, 8), ("mr_dho2",))
+    add("resnet50", "v5e", (64, 8), ("mr_dho2", "probe"))
     add("pythia_1b", "v5e", (64,), some)
     add("gpt2", "v5e", (64,), ("dho2",), rank=16)
     add("gpt2", "v5e", (64,), ("dho2", "product"))
-    add("resnet50", "v5e", (1, 256), ("adam", "mr_dho2"))
+    add("resnet50", "v5e", (1, 256), ("adam", "mr_dho2", "probe"))
     add("gpt2_trained", "v5e", (64,), ("dho2", "product"))
     add("resnet50", "v6e", (64,), some)
     add("resnet50", "v5e", (16,), every)
     add("pythia_1b", "v5e", (8,), some)
-    add("gpt2", "v5e", (64,), ("mr_dho2",))
+    add("gpt2", "v5e", (64,), ("mr_dho2", "probe"))
     add("gpt2", "v5e", (64,), ("mr_dho2",), rank=16)
     add("gpt2_trained", "v5e", (64,), ("dho2",), rank=16)
     add("resnet50", "v5p", (64,), some)
@@ -356,10 +358,14 @@ def _line(row: dict[str, Any]) -> str:
     return f"{' '.join(map(str, key(row)))}: {counts} vectors, {row['cpu_seconds']:.0f} CPU s"
 
 
+WITHOUT = {"dho2": "product", "mr_dho2": "probe"}
+"""What the hybrids are without vectors of their own."""
+
+
 def curvature_share(rows: Sequence[dict[str, Any]], case: Case) -> int | None:
-    """Bytes of a hybrid on one device, less those of Adam with products; None where one of them is not there."""
+    """Bytes of a hybrid on one device, less those of Adam with its products; None where one of them is not there."""
     found = {key(row): row["memory"]["total"] for row in rows}
-    without = case._replace(method="product", rank=8)
+    without = case._replace(method=WITHOUT[case.method], rank=8)
     return found[case] - found[without] if case in found and without in found else None
 
 
@@ -375,15 +381,17 @@ def vectors_held(method: str, rank: int) -> int:
 _HEAD = (
     "devices",
     "Adam",
-    "Adam and products",
     "`dho2`",
-    "curvature in it",
+    "less Adam",
+    "curvature",
     "part of one device",
     "by design",
     "`mr_dho2`",
-    "curvature in it",
+    "less Adam",
+    "curvature",
     "part of one device",
-    "as published",
+    "by design",
+    "eigenvectors as published",
 )
 
 
@@ -395,7 +403,7 @@ def table(results: dict[str, Any]) -> str:
         chosen = [row for row in rows if (row["model"], row["platform"]) == (model, platform)]
         devices = sorted({row["devices"] for row in chosen})
         lines = [_HEAD, ["---"] * len(_HEAD)]
-        lines += [_cells(rows, Case(model, platform, count, "dho2", 8), chosen[0]["num_params"]) for count in devices]
+        lines += [_cells(rows, Case(model, platform, count, "adam", 8), chosen[0]["num_params"]) for count in devices]
         title = f"{model}, {chosen[0]['num_params']:,} parameters, {platform}, MiB"
         parts.append("\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines)]))
     return "\n\n".join([*parts, *_pairs(rows)])
@@ -403,14 +411,15 @@ def table(results: dict[str, Any]) -> str:
 
 def _cells(rows: Sequence[dict[str, Any]], case: Case, num_params: int) -> list[str]:
     found = {key(row): row["memory"]["total"] for row in rows}
-    total = lambda method: found.get(case._replace(method=method))  # noqa: E731
-    cells = [str(case.devices), _mib(total("adam")), _mib(total("product"))]
+    adam = found.get(case)
+    cells = [str(case.devices), _mib(adam)]
     for method in ("dho2", "mr_dho2"):
-        share = curvature_share(rows, case._replace(method=method))
-        one = curvature_share(rows, case._replace(method=method, devices=1))
-        cells += [_mib(total(method)), _mib(share), f"1/{one / share:.1f}" if share and one else "-"]
-        if method == "dho2":
-            cells.append(_mib(vectors_held(method, case.rank) * 4 * num_params / case.devices))
+        hybrid = case._replace(method=method)
+        total = found.get(hybrid)
+        share, one = (curvature_share(rows, x) for x in (hybrid, hybrid._replace(devices=1)))
+        cells += [_mib(total), _mib(total - adam if total and adam else None), _mib(share)]
+        cells.append(f"1/{one / share:.1f}" if share and one else "-")
+        cells.append(_mib(vectors_held(method, case.rank) * 4 * num_params / case.devices))
     return [*cells, _mib(case.rank * 4 * num_params)]
 
 

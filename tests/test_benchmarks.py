@@ -685,10 +685,12 @@ def _tiny_rows(platform, cases):
 
 
 def test_what_curvature_holds_falls_with_the_devices():
-    rows = _tiny_rows("cpu", [(devices, method) for devices in (1, 8) for method in ("product", "dho2", "mr_dho2")])
+    rows = _tiny_rows(
+        "cpu", [(devices, method) for devices in (1, 8) for method in ("product", "dho2", "probe", "mr_dho2")]
+    )
     vector = 4 * (512 * 512 + 512)
-    assert rows[4]["state"]["eigenvectors"] == rows[1]["state"]["eigenvectors"] / 8 == vector
-    assert rows[5]["state"]["basis"] == rows[2]["state"]["basis"] / 8 == 2 * vector
+    assert rows[5]["state"]["eigenvectors"] == rows[1]["state"]["eigenvectors"] / 8 == vector
+    assert rows[7]["state"]["basis"] == rows[3]["state"]["basis"] / 8 == 2 * vector
     for method in ("dho2", "mr_dho2"):
         one, eight = (memory.curvature_share(rows, memory.Case("resnet50", "cpu", n, method, 8)) for n in (1, 8))
         assert one == pytest.approx(memory.vectors_held(method, 8) * vector, rel=0.1)
