@@ -8,7 +8,6 @@ CPU devices and, where the package `libtpu` is installed, for slices of TPU chip
 the update ``(parameters, state, gradient, batch) -> (parameters, state)``, with parameters and state donated, the state
 split over all devices and parameters and gradient whole on each. Compared are
 
-* ``whole``, Adam with its whole state on every device, as without this package;
 * ``adam``, the base alone, whose state is split as that of the hybrids;
 * ``product``, the same with sixteen Hessian products in a loop, but no Lanczos vectors: what any method needs that
   makes products in an update; and ``probe``, the same with one;
@@ -152,13 +151,7 @@ def _mr_dho2(problem: Problem, mesh: Mesh, rank: int) -> Made:
     return make(split=dho2.Split(AXIS)), make(split=dho2.Split(AXIS, mesh=mesh))
 
 
-def _whole(problem: Problem, mesh: Mesh, rank: int) -> Made:
-    local = optax.with_extra_args_support(optax.adam(1e-3))
-    return local, _over(local, mesh, problem.params)
-
-
 METHODS: dict[str, Callable[[Problem, Mesh, int], Made]] = {
-    "whole": _whole,
     "adam": _made_base(0),
     "product": _made_base(PRODUCTS),
     "probe": _made_base(1),
@@ -293,7 +286,6 @@ def cases(models: Sequence[str], platforms: Sequence[str], methods: Sequence[str
     add("gpt2", "v5e", (64,), ("mr_dho2",), rank=16)
     add("gpt2_trained", "v5e", (64,), ("dho2",), rank=16)
     add("resnet50", "v5p", (64,), some)
-    add("resnet50", "v5e", (1, 64), ("whole",))
     for model in ("vgg16", "gpt2", "pythia_1b"):
         add(model, "cpu", (1, 8), every)
     add("gpt2", "cpu", (64,), every)
@@ -447,40 +439,40 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bytes on one device against the number of devices, and the line along which they would fall."""
     from matplotlib.figure import Figure  # of the extra `poc`
 
-    figure = Figure(figsize=(5.2 * len(PANELS), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(PANELS), squeeze=False)[0]
-    for axes, (model, platform) in zip(panels, PANELS, strict=True):
-        _panel(axes, rows, model, platform)
-    panels[0].set_ylabel("MiB on each device")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    there = {key(row)[:2] for row in rows if curvature_share(rows, key(row)._replace(method="dho2"))}
+    panels = [panel for panel in PANELS if panel in there]
+    if not panels:
+        return
+    figure = Figure(figsize=(5.2 * len(panels), 5.0), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for one, panel in zip(axes, panels, strict=True):
+        _panel(one, rows, *panel)
+    axes[0].set_ylabel("MiB on each device")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def _panel(axes: Any, rows: Sequence[dict[str, Any]], model: str, platform: str) -> None:
     chosen = [row for row in rows if (row["model"], row["platform"], row["rank"]) == (model, platform, 8)]
     devices = sorted({row["devices"] for row in chosen})
-    num_params = shapes.num_params(shapes.MODELS[model]())
-    styles = {"whole": "v-", "product": "s-", "dho2": "o-", "mr_dho2": "o-"}
-    names = {"whole": "Adam, whole", "product": "Adam split, and Hessian products"}
-    colours = {"whole": "0.75", "product": "0.5", "dho2": "C0", "mr_dho2": "C1"}
-    for method, style in styles.items():
+    vector = 4 * shapes.num_params(shapes.MODELS[model]()) / 2**20
+    for method, colour in (("dho2", "C0"), ("mr_dho2", "C1")):
         totals = {row["devices"]: row["memory"]["total"] / 2**20 for row in chosen if row["method"] == method}
-        if method in names:
-            axes.plot(*_sorted(totals), style, color=colours[method], markersize=4, label=names[method])
-            continue
-        axes.plot(*_sorted(totals), "--", color=colours[method], label=f"{method}, all in all")
         shares = {n: curvature_share(rows, Case(model, platform, n, method, 8)) for n in devices}
+        axes.plot(*_sorted(totals), "s--", color=colour, markersize=4, label=f"update with {method}")
         known = {n: share / 2**20 for n, share in shares.items() if share}
-        axes.plot(*_sorted(known), style, color=colours[method], label=f"{method}, curvature")
-        ideal = {n: known[1] / n for n in devices} if 1 in known else {}
-        axes.plot(*_sorted(ideal), ":", color="black", label="divided by the devices" if method == "dho2" else None)
-    axes.axhline(8 * 4 * num_params / 2**20, color="C3", linestyle="-.", label="eigenvectors whole on each device")
+        axes.plot(*_sorted(known), "o-", color=colour, label=f"curvature in {method}")
+    held = vectors_held("dho2", 8)
+    ideal = {n: held * vector / n for n in devices}
+    axes.plot(*_sorted(ideal), ":", color="black", label=f"{held} vectors, divided by the devices")
+    totals = {row["devices"]: row["memory"]["total"] / 2**20 for row in chosen if row["method"] == "product"}
+    axes.plot(*_sorted(totals), "s--", color="0.5", markersize=4, label="update with Adam and Hessian products")
+    axes.axhline(8 * vector, color="C3", linestyle="-.", label="eigenvectors, whole on each device")
     axes.set(xscale="log", yscale="log", xlabel="devices")
     axes.set_xticks(devices, [str(n) for n in devices])
     axes.minorticks_off()
     where = "virtual CPU devices" if platform == "cpu" else f"TPU {platform}"
-    axes.set_title(f"{model}, {num_params / 1e6:.1f} million parameters, rank 8, {where}", fontsize=9)
+    axes.set_title(f"{model}, rank 8, order 16, {where}", fontsize=10)
     axes.grid(alpha=0.3)
 
 
