@@ -45,28 +45,35 @@ def transformer(
     length: int,
     batch_size: int,
     dtype: Any = jnp.float32,
+    scanned: bool = False,
 ) -> Network:
-    """GPT-2 without dropout: 12 leaves a layer and 5 besides; input and output have embeddings of their own."""
+    """GPT-2 without dropout: 12 leaves a layer and 5 besides; input and output have embeddings of their own.
+
+    With `scanned` the layers are stacked: 12 leaves for all of them, with a leading axis, and one loop over it.
+    """
 
     def init(key: jax.Array) -> Any:
         make = _Initializer(key, dtype)
         return {
             "tokens": make.kernel(vocabulary, width),
             "positions": make.kernel(length, width),
-            "layers": [
-                {
-                    "norm 1": make.norm(width),
-                    "attention": make.dense(width, 3 * width),
-                    "projection": make.dense(width, width),
-                    "norm 2": make.norm(width),
-                    "up": make.dense(width, 4 * width),
-                    "down": make.dense(4 * width, width),
-                }
-                for _ in range(num_layers)
-            ],
+            "layers": stacked([layer(make) for _ in range(num_layers)]),
             "norm": make.norm(width),
             "logits": make.kernel(width, vocabulary),
         }
+
+    def layer(make: _Initializer) -> Any:
+        return {
+            "norm 1": make.norm(width),
+            "attention": make.dense(width, 3 * width),
+            "projection": make.dense(width, width),
+            "norm 2": make.norm(width),
+            "up": make.dense(width, 4 * width),
+            "down": make.dense(4 * width, width),
+        }
+
+    def stacked(layers: list[Any]) -> Any:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) if scanned else layers
 
     def attend(x: jax.Array) -> jax.Array:
         q, k, v = jnp.moveaxis(x.reshape(*x.shape[:2], 3, num_heads, width // num_heads), 2, 0)
@@ -76,13 +83,19 @@ def transformer(
 
     def loss_fn(params: Any, characters: Any) -> jax.Array:
         x = params["tokens"][characters] + params["positions"]
-        for layer in params["layers"]:
-            y = _apply(layer["attention"], _normalize(layer["norm 1"], x, (-1,)))
-            x = x + _apply(layer["projection"], attend(y))
-            y = jax.nn.gelu(_apply(layer["up"], _normalize(layer["norm 2"], x, (-1,))))
-            x = x + _apply(layer["down"], y)
+        if scanned:
+            x, _ = jax.lax.scan(lambda x, layer: (through(layer, x), None), x, params["layers"])
+        else:
+            for layer in params["layers"]:
+                x = through(layer, x)
         logits = _normalize(params["norm"], x, (-1,)) @ params["logits"]
         return _cross_entropy(logits, jnp.roll(characters, -1, axis=1))
+
+    def through(layer: Any, x: jax.Array) -> jax.Array:
+        y = _apply(layer["attention"], _normalize(layer["norm 1"], x, (-1,)))
+        x = x + _apply(layer["projection"], attend(y))
+        y = jax.nn.gelu(_apply(layer["up"], _normalize(layer["norm 2"], x, (-1,))))
+        return x + _apply(layer["down"], y)
 
     return Network(init, loss_fn, lambda key: jax.random.randint(key, (batch_size, length), 0, vocabulary))
 

@@ -1,6 +1,8 @@
 """The harness of `benchmarks.target`: rules and arithmetic, and a small study from end to end. No timing is checked."""
 
 import dataclasses
+import functools
+import importlib.util
 import json
 import math
 import sys
@@ -13,7 +15,7 @@ import optax
 import pytest
 
 import dho2_optax as dho2
-from benchmarks import accelerator, bounds, compile, hostile, machine, networks
+from benchmarks import accelerator, bounds, compile, hostile, machine, memory, networks, scale, shapes
 from benchmarks.target import methods, report, safeguards, tasks, training
 from benchmarks.target.equations import EQUATIONS, relative_error
 from benchmarks.target.interface import Method, Setting, Trainer
@@ -684,3 +686,112 @@ def test_the_rules_are_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bounds", "--print", "--out", str(out)])
     bounds.main()
     assert printed.endswith(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("resnet50", 25_557_032), ("resnet152", 60_192_808), ("vgg16", 138_357_544), ("gpt2", 124_439_808)],
+)
+def test_published_networks_have_their_number_of_parameters(name, size):
+    assert shapes.num_params(shapes.MODELS[name]()) == size
+
+
+def test_scanned_layers_compute_what_layers_one_by_one_do():
+    build = functools.partial(networks.transformer, 2, 16, num_heads=2, vocabulary=32, length=8, batch_size=4)
+    one_by_one, scanned = build(), build(scanned=True)
+    params, tokens = one_by_one.init(jax.random.key(0)), one_by_one.batch(jax.random.key(1))
+    stacked = {**params, "layers": jax.tree.map(lambda *x: jnp.stack(x), *params["layers"])}
+    assert jax.tree.structure(stacked) == jax.tree.structure(scanned.init(jax.random.key(0)))
+    expected, found = one_by_one.loss_fn(params, tokens), scanned.loss_fn(stacked, tokens)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+TINY = {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32), "bias": jax.ShapeDtypeStruct((512,), jnp.float32)}
+
+
+def _tiny_rows(platform, cases):
+    problem = memory.problem("resnet50")._replace(params=TINY)
+    return [memory.measure(memory.Case("resnet50", platform, *case, rank=8), problem) for case in cases]
+
+
+def test_what_curvature_holds_falls_with_the_devices():
+    rows = _tiny_rows(
+        "cpu", [(devices, method) for devices in (1, 8) for method in ("product", "dho2", "probe", "mr_dho2")]
+    )
+    vector = 4 * (512 * 512 + 512)
+    assert rows[5]["state"]["eigenvectors"] == rows[1]["state"]["eigenvectors"] / 8 == vector
+    assert rows[7]["state"]["basis"] == rows[3]["state"]["basis"] / 8 == 2 * vector
+    for method in ("dho2", "mr_dho2"):
+        one, eight = (memory.curvature_share(rows, memory.Case("resnet50", "cpu", n, method, 8)) for n in (1, 8))
+        assert one == pytest.approx(memory.vectors_held(method, 8) * vector, rel=0.1)
+        assert eight <= one / 7.5
+    lines = memory.table({"rows": rows}).splitlines()
+    assert [line.split(" | ")[0] for line in lines[-2:]] == ["| 1", "| 8"]
+    assert "1/1.0" in lines[-2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the package libtpu is not installed")
+def test_tpu_programs_are_read_without_a_tpu(monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    [row] = _tiny_rows("v5e", [(64, "dho2")])
+    vector = 4 * (512 * 512 + 512)
+    assert row["state"]["eigenvectors"] == 8 * vector / 64
+    # Of small vectors the compiler makes an all-gather an all-reduce.
+    whole = [
+        (found["where"], found["group"], found["count"]) for found in row["collectives"] if found["bytes"] >= vector
+    ]
+    assert whole == [("loop", 64, 2), ("step", 64, 1)]
+    assert row["stacks"]
+    assert max(stack["padded"] for stack in row["stacks"]) < 1.3
+
+
+def test_an_all_gather_takes_as_long_as_the_links_of_a_chip_need():
+    chip = scale.CHIPS["v5e"]
+    assert scale.exchange(chip, 256, 200e9) == pytest.approx(255 / 256)  # two rings, one direction
+    assert scale.exchange(chip, 128, 200e9) == pytest.approx(127 / 128 / 0.75)  # one ring
+    assert scale.exchange(chip, 64, 200e9) == pytest.approx(63 / 64 / 0.5)
+    assert scale.exchange(scale.CHIPS["v5p"], 64, 600e9) == pytest.approx(63 / 64)
+
+
+def _tpu_rows(num_params):
+    vector = 4 * num_params
+    gather = {"op": "all-gather", "bytes": vector, "count": 1}
+    rows = []
+    for method, touched in (("adam", 10), ("product", 16), ("dho2", 40)):
+        case = memory.Case("resnet50", "v5e", 64, method, 8)
+        found = [{**gather, "where": "step"}, {**gather, "where": "loop"}]
+        found.append({"op": "reduce-scatter", "where": "loop", "bytes": vector / 64, "count": 1})
+        cost = {"bytes accessed": touched * vector}
+        rows.append({**case._asdict(), "num_params": num_params, "cost": cost, "collectives": found})
+    return rows
+
+
+def test_predicted_times_are_work_and_memory_and_communication():
+    rows = _tpu_rows(1_000_000)
+    assert scale.programs(rows[:2], "resnet50") is None
+    found = scale.programs(rows, "resnet50")
+    assert found == scale.Programs(4e6, 40e6, 24e6, 4e6, 8e6)
+    chip = scale.CHIPS["v5e"]._replace(links=math.inf, memory=math.inf)
+    work = scale.predict(found, 64 * scale.UTILIZATION * chip.flops, chip, 64)
+    assert work == pytest.approx((1, 1, 4))  # 16 products, on an eighth of the batch, of twice the work
+    assert work.mean == pytest.approx(1.08)
+    idle = scale.predict(found, 0.0, scale.CHIPS["v5e"]._replace(links=math.inf), 64)
+    assert idle == pytest.approx(tuple(x / 819e9 for x in (28e6, 40e6 + 2e6, 16 * (24e6 + 2e6))))
+    assert scale.table(rows).count("| v5e |") == len(scale.DEVICES)
+
+
+def test_chips_pay_until_doubling_them_no_longer_helps():
+    assert scale.last_that_pays({8: 8.0, 16: 4.5, 32: 3.0, 64: 2.5}) == 32
+    assert scale.last_that_pays({8: 8.0, 16: 7.5}) == 8
+    assert scale.last_that_pays({8: 8.0, 16: 4.0}) == 16
+
+
+def test_without_programs_nothing_is_predicted(tmp_path, monkeypatch, capsys):
+    for results in (tmp_path / "missing.json", tmp_path / "empty.json"):
+        (tmp_path / "empty.json").write_text('{"rows": []}')
+        monkeypatch.setattr(sys, "argv", ["scale", "--results", str(results)])
+        with pytest.raises(SystemExit) as stopped:
+            scale.main()
+        assert stopped.value.code == 2
+        assert "python -m benchmarks.memory" in capsys.readouterr().err
