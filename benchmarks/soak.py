@@ -4,10 +4,10 @@
     python -m benchmarks.soak --print
 
 A small network learns a function. One batch in fifty is spoilt: a sample that is not finite, numbers near the end of
-float32, zeros, dim or bright. The base drops what is not finite and clips, as any training that meets such batches has to.
-Looked at are what must not grow (live arrays, memory of the process, compiled programs), what must not drift (the
-orthogonality of the eigenvectors in use), and what is counted: whenever a batch that nothing can be learnt from comes when
-a probe is due, `rejected_refreshes` of ``dho2_optax.metrics`` grows by one.
+float32, zeros, dim or bright. The base drops what is not finite and clips, as any training that meets such batches has
+to. Looked at are what must not grow (live arrays, memory of the process, compiled programs), what must not drift (the
+orthogonality of the eigenvectors in use), and what is counted: whenever a batch that nothing can be learnt from comes
+when a probe is due, `rejected_refreshes` of ``dho2_optax.metrics`` grows by one.
 """
 
 import argparse
