@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from dho2_optax import segments, vectors
@@ -239,7 +240,7 @@ def of_buffers(buffers: Packed, like: Vector) -> Layout:
     """The layout of whole buffers, or of what all devices have of them, seen from outside of ``shard_map``."""
 
     def described(x: Any) -> jax.ShapeDtypeStruct:
-        sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+        sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     like = jax.tree.map(described, like)
@@ -255,7 +256,7 @@ def of_stack(rows: Packed, like: Vector) -> Layout:
 
 def _is_split(x: Any) -> bool:
     """Whether `x` is an array of which some devices hold a part only; inside ``jit`` nobody can tell."""
-    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and not x.is_fully_replicated
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and not x.is_fully_replicated
 
 
 def _alike(leaves: list[jax.Array]) -> list[jax.Array]:
