@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 import jax
 
 from dho2_optax._version import __version__
-from dho2_optax.poc import system
+from dho2_optax.poc import processes, system
 from dho2_optax.poc.optimizers import OPTIMIZERS, default_optimizers
 
 if TYPE_CHECKING:
@@ -87,15 +87,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
         except _UsageError as error:
             _complain(str(error))
-            return _EXIT_USAGE
+            return _left(_EXIT_USAGE)
         except OSError as error:
             dropped = _drop_output()
             _complain(f"standard output cannot be written: {system.reason(error)}" if dropped else str(error))
-            return _EXIT_FAILED
+            return _left(_EXIT_FAILED)
         except KeyboardInterrupt:
             print("dho2-optax: interrupted", file=sys.stderr)
             code = _EXIT_INTERRUPTED
-    return _EXIT_TERMINATED if terminated and code == _EXIT_INTERRUPTED else code
+    return _left(_EXIT_TERMINATED if terminated and code == _EXIT_INTERRUPTED else code)
+
+
+def _left(code: int) -> int:
+    """The exit code; where something has gone wrong, one of several processes ends here and waits for no other."""
+    if code and processes.count() > 1:
+        processes.end(code)
+    return code
 
 
 def _complain(message: str) -> None:
@@ -145,6 +152,12 @@ def _parser() -> argparse.ArgumentParser:
         help="in place of these, your own: a function that returns a dho2_optax.poc.tasks.Task",
     )
     _add_training_options(poc)
+    several = poc.add_argument_group(
+        "several processes", "Not needed where JAX finds them by itself: under Slurm, Open MPI, on Cloud TPU and GKE."
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, which listens there")
+    several.add_argument("--num-processes", type=_integer(1), metavar="N", help="started with this command")
+    several.add_argument("--process-id", type=_integer(0), metavar="I", help="which this is, from 0")
     report = poc.add_argument_group("report")
     report.add_argument(
         "--target",
@@ -265,8 +278,8 @@ def _poc(options: argparse.Namespace, command: str) -> int:
     if missing:
         raise _UsageError(f'{missing[0]} is missing: pip install "dho2_optax[poc]"')
     _check_optimizers(options)
-    available = _start_devices(max(options.devices or (_DEFAULT_VIRTUAL_DEVICES,)))
-    trained = options.devices or (_default_devices(available),)
+    available, num_processes = _join(options)
+    trained = options.devices or (num_processes * _default_devices(available // num_processes),)
     if max(trained) > available:
         raise _UsageError(f"--devices {max(trained)}: there are only {available} devices")
     tasks = _tasks(options)
@@ -289,7 +302,9 @@ def _poc(options: argparse.Namespace, command: str) -> int:
         optimizers=optimizers,
         chosen=chosen,
         devices=trained,
-        compiled_devices=() if options.devices else _planned(trained[0], available, batch_size.values()),
+        compiled_devices=()
+        if options.devices or num_processes > 1
+        else _planned(trained[0], available, batch_size.values()),
         batch_size=batch_size,
         num_steps=steps,
         target=options.target,
@@ -300,12 +315,14 @@ def _poc(options: argparse.Namespace, command: str) -> int:
         refresh_interval=options.refresh_interval,
         command=command,
     )
-    console = Console(quiet=options.quiet, emoji=False)
-    with _output_folder(options.out, overwrite=options.overwrite) as folder:
+    first = processes.is_first()
+    console = Console(quiet=options.quiet or not first, emoji=False)
+    out = _output_folder(options.out, overwrite=options.overwrite) if first else contextlib.nullcontext(options.out)
+    with out as folder:
         results = runner.run(settings, tasks, folder, console)
     console.print(f"\nReport: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
     failed = results.num_failed
-    if failed:
+    if failed and first:
         sys.stdout.flush()
         _complain(f"{failed} run{'s' * (failed > 1)} failed: {folder / 'report.html'} says why")
     if results.status == "interrupted":
@@ -317,6 +334,20 @@ def _check_optimizers(options: argparse.Namespace) -> None:
     for name in (*(options.optimizers or ()), *options.lr):
         if name not in OPTIMIZERS:
             raise _UsageError(f"unknown optimizer {name!r}: choose from {', '.join(OPTIMIZERS)}")
+
+
+def _join(options: argparse.Namespace) -> tuple[int, int]:
+    """Join the other processes, if there are any; return the device count and that of the processes."""
+    where = (options.coordinator, options.num_processes, options.process_id)
+    try:
+        number = processes.number(*where)
+        wanted = options.devices or (number * -(-_DEFAULT_VIRTUAL_DEVICES // number),)
+        local = processes.local_devices(wanted, number)
+        if number > 1:
+            processes.join(*where)
+    except processes.ProcessError as error:
+        raise _UsageError(str(error)) from error
+    return _start_devices(local), number
 
 
 def _start_devices(wanted: int) -> int:

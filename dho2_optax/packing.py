@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from dho2_optax import segments, vectors
@@ -65,7 +66,7 @@ class Layout:
         self._shapes = [x.shape for x in leaves]
         self._sizes = [math.prod(shape) for shape in self._shapes]
         self._shardings = [jax.typeof(x).sharding if vectors.is_explicitly_sharded(x) else None for x in leaves]
-        self._sharded = {i: leaves[i] for i, sharding in enumerate(self._shardings) if sharding is not None}
+        self._sharded = {i: x for i, x in enumerate(leaves) if vectors.is_explicitly_sharded(x) or _is_split(x)}
 
         groups: dict[tuple[np.dtype, Hashable], list[int]] = {}
         for i, x in enumerate(leaves):
@@ -214,7 +215,7 @@ class Layout:
             if group.widths is not None:
                 buffer = _side_by_side(members, group.widths, num_rows)
                 return buffer[0] if self._num_rows is None else buffer
-            return members[0] if len(members) == 1 else _concatenated([x[None] for x in members], axis=0)
+            return members[0] if len(members) == 1 else _concatenated([x[None] for x in _alike(members)], axis=0)
 
         return tuple(map(pack, self._groups))
 
@@ -237,7 +238,12 @@ class Layout:
 
 def of_buffers(buffers: Packed, like: Vector) -> Layout:
     """The layout of whole buffers, or of what all devices have of them, seen from outside of ``shard_map``."""
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), like)
+
+    def described(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    like = jax.tree.map(described, like)
     without_axis = Layout(like, None)
     shapes = [x.shape for x in jax.eval_shape(without_axis.pack, like)]
     return without_axis if [x.shape for x in buffers] == shapes else Layout(like, None, num_rows=buffers[0].shape[0])
@@ -246,6 +252,21 @@ def of_buffers(buffers: Packed, like: Vector) -> Layout:
 def of_stack(rows: Packed, like: Vector) -> Layout:
     """:func:`of_buffers` of the vectors in a stack."""
     return of_buffers(jax.eval_shape(lambda rows: vectors.row(rows, 0), rows), like)
+
+
+def _is_split(x: Any) -> bool:
+    """Whether `x` is an array of which some devices hold a part only; inside ``jit`` nobody can tell."""
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and not x.is_fully_replicated
+
+
+def _alike(leaves: list[jax.Array]) -> list[jax.Array]:
+    """Leaves of one shape, all sharded as the first; inside ``jit`` that is the compiler's business.
+
+    A stack of leaves that are sharded differently would be whole on every device.
+    """
+    if not all(map(_is_split, leaves)):
+        return leaves
+    return [jax.device_put(x, leaves[0].sharding) for x in leaves]
 
 
 def _psum_scatter(x: jax.Array, axis_name: str) -> jax.Array:

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import dho2_optax as dho2
-from benchmarks import accelerator, bounds, compile, hostile, machine, memory, networks, scale, shapes
+from benchmarks import accelerator, bounds, compile, hostile, machine, memory, networks, scale, shapes, soak
 from benchmarks.target import methods, report, safeguards, tasks, training
 from benchmarks.target.equations import EQUATIONS, relative_error
 from benchmarks.target.interface import Method, Setting, Trainer
@@ -795,3 +795,28 @@ def test_without_programs_nothing_is_predicted(tmp_path, monkeypatch, capsys):
             scale.main()
         assert stopped.value.code == 2
         assert "python -m benchmarks.memory" in capsys.readouterr().err
+
+
+# The long run.
+
+
+@pytest.mark.slow
+def test_a_short_soak_shows_nothing_wrong():
+    found = soak.run(500, warmup=250, every=50)
+    assert soak.problems(found) == []
+    assert [look["step"] for look in found["looks"]] == list(range(250, 501, 50))
+    assert sum(x["counted"] for x in found["events"].values()) >= 3
+    assert found["loss_last"] < 0.5 * found["loss_first"]
+
+
+def test_a_soak_names_what_is_wrong():
+    result = json.loads(soak.RESULTS.read_text())
+    assert result["steps"] == 10_000
+    assert soak.problems(result) == []
+    assert "largest |VV' - I|" in soak.table(result)
+    *_, last = result["looks"]
+    last |= {"defect": 1e-4, "compilations": 99, "live_arrays": 999, "resident_mib": 1e6}
+    result["events"]["nan"]["counted"] = 0
+    result["events"]["dim"]["counted"] = 1
+    result["parameters_finite"] = False
+    assert len(soak.problems(result)) == 7

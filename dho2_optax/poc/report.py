@@ -33,6 +33,10 @@ _VIRTUAL_DEVICES = (
     "communication and the losses are what they would be on as many real devices; seconds are "
     "not, and show no parallel speed: more virtual devices do not make training faster."
 )
+_VIRTUAL_PROCESSES = (
+    "Several processes shared the work, each with virtual devices of its own. What they sent to each other went "
+    "through sockets, not over a link between accelerators: the seconds of a step are no measure of either."
+)
 _MOST_COLUMNS = 5  # of a table in a terminal of 80 characters
 
 
@@ -256,6 +260,8 @@ def _said(results: Results) -> list[tuple[str, Sequence[str]]]:
     reading += [*_roles(results), _rates(results)]
     if results.machine["virtual_devices"]:
         reading.append(_VIRTUAL_DEVICES)
+        if results.machine.get("process_count", 1) > 1:
+            reading.append(_VIRTUAL_PROCESSES)
     sections.append(("How to read this", reading))
     return sections
 

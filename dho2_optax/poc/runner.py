@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import dho2_optax
-from dho2_optax.poc import report, system
+from dho2_optax.poc import processes, report, system
 from dho2_optax.poc.models import num_parameters
 from dho2_optax.poc.optimizers import OPTIMIZERS
 from dho2_optax.poc.results import Results, Row, Tuning, count_devices
@@ -90,7 +90,8 @@ def run(settings: Settings, tasks: Sequence[Task], folder: Path, console: Consol
         results.seconds = time.perf_counter() - begin
         with system.on_sigterm(signal.SIG_IGN):  # some senders repeat it at once
             session.save()
-            report.write_html(results, folder)
+            if processes.is_first():
+                report.write_html(results, folder)
     finally:
         report.print_tables(results, console)
     return results
@@ -124,7 +125,8 @@ class _Session:
     def save(self) -> None:
         """Measure every row against the targets so far, and write `results.json`."""
         self._results.aim(self._settings.target)
-        self._results.save(self._folder / "results.json")
+        if processes.is_first():
+            self._results.save(self._folder / "results.json")
 
     def run_task(self, task: Task) -> None:
         """Train every optimizer on a task; then compile what is only compiled."""
@@ -223,6 +225,9 @@ class _Session:
         row = Row(task.name, name, devices, None, spec.learning_rate, "compiled")
         if devices < OPTIMIZERS[name].min_devices:
             row.status = f"needs {count_devices(OPTIMIZERS[name].min_devices)}"
+            return row, None
+        if OPTIMIZERS[name].group is not None and processes.count() > 1:
+            row.status = "needs one process"
             return row, None
         note = f"{task.name} {name}, {count_devices(devices)}: compiling"
         self.progress.update(self._one, completed=0, total=spec.num_steps, note=note)
@@ -323,6 +328,7 @@ def _attempt(row: Row, action: Callable[[], _Result]) -> _Result | None:
     try:
         return action()
     except Exception as error:
+        processes.check(error)
         row.status, row.message = "failed", system.describe(error)
         return None
 
@@ -353,6 +359,7 @@ def _machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "device_kind": device.device_kind,
         "device_count": jax.device_count(),
+        "process_count": processes.count(),
         "virtual_devices": device.platform == "cpu" and jax.device_count() > 1,
         "versions": {
             "dho2_optax": dho2_optax.__version__,

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dho2_optax import plan
+from dho2_optax.poc import processes
 from dho2_optax.poc.optimizers import OPTIMIZERS, Context
 from dho2_optax.poc.tasks import Task
 
@@ -146,7 +147,7 @@ def compile_program(task: Task, spec: Spec, *, to_run: bool = True) -> Program:
     num_train, num_curvature = spec.num_devices, 0
     if optimizer.group is not None:
         num_train, num_curvature = roles(spec.num_devices, spec.batch_size)
-    devices = jax.devices()
+    devices = processes.devices(num_train + num_curvature)
     mesh = Mesh(np.array(devices[:num_train]), (_AXIS,))
     replicated = NamedSharding(mesh, PartitionSpec())
     context = Context(
@@ -240,7 +241,7 @@ def train(
     """
     spec = program.spec
     batches = _batches(task, spec.batch_size, seed, program.context.mesh)
-    rate = jax.device_put(jnp.float32(spec.learning_rate), NamedSharding(program.context.mesh, PartitionSpec()))
+    rate = processes.put(jnp.float32(spec.learning_rate), NamedSharding(program.context.mesh, PartitionSpec()))
     # Warm-up: the first call of a program is slower. Its results are dropped.
     first = next(batches)
     jax.block_until_ready(program.step(*_start(task, program, seed), first, rate))
@@ -292,13 +293,13 @@ def _batches(task: Task, batch_size: int, seed: int, mesh: Mesh) -> Iterator[Any
         for start in range(0, task.num_train - batch_size + 1, batch_size):
             rows = order[start : start + batch_size]
             batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], task.train)
-            yield jax.block_until_ready(jax.device_put(batch, _batch_sharding(mesh)))
+            yield jax.block_until_ready(processes.put(batch, _batch_sharding(mesh)))
 
 
 def _start(task: Task, program: Program, seed: int) -> tuple[Any, Any]:
     replicated = NamedSharding(program.context.mesh, PartitionSpec())
-    params = jax.device_put(jax.jit(task.init)(jax.random.key(seed)), replicated)
-    state = jax.device_put(program.init_state(params), program.state_shardings)
+    params = processes.put(jax.jit(task.init)(jax.random.key(seed)), replicated)
+    state = processes.put(program.init_state(params), program.state_shardings)
     return params, state
 
 
