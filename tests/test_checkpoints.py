@@ -1,6 +1,10 @@
 """`relayout`: states of another rank or order, compositions, and states that do not fit."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import dho2_optax as dho2
 from dho2_optax.packing import Layout
 from dho2_optax.state import find_state, replace_state
-from tests.helpers import AXIS, make_mesh
+from tests.helpers import AXIS, make_mesh, python_blocks
 
 _PARAMS = {"w": jnp.linspace(0.1, 0.9, 300).reshape(100, 3), "b": jnp.linspace(-0.5, 0.5, 4)}
 _CURVATURES = {"w": jnp.linspace(-3.0, 1.0, 300).reshape(100, 3), "b": jnp.asarray([9.0, -8.0, 7.0, -6.0])}
@@ -278,3 +282,28 @@ def test_a_larger_model_in_buffers_of_the_same_shape_is_refused():
     like = dho2.dho2(optax.sgd(0.1), rank=1, metric=None, split=_split(3)).init(_PARAMS)
     with pytest.raises(ValueError, match=r"at `spectrum.eigenvectors` of a leaf of shape .* more than"):
         dho2.relayout(state, like, _PARAMS)
+
+
+# The program of docs/checkpoints.md.
+
+
+@pytest.mark.slow
+def test_the_program_of_the_page_goes_on_with_other_devices(tmp_path):
+    page = Path(__file__).parents[1] / "docs" / "checkpoints.md"
+    [program] = python_blocks(page.read_text())
+    (tmp_path / "train.py").write_text(program)
+
+    def run(folder, num_steps, num_devices):
+        command = [sys.executable, "train.py", str(tmp_path / folder), str(num_steps)]
+        # Which says, of the CPU device, how many.
+        hidden = {"XLA_FLAGS"}
+        variables = {key: value for key, value in os.environ.items() if key not in hidden}
+        variables |= {"JAX_NUM_CPU_DEVICES": str(num_devices), "PYTHONPATH": str(page.parents[1])}
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    assert run("moved", 30, 8) == ["8 devices"]
+    said = run("moved", 50, 6)
+    assert said[:2] == ["6 devices", "goes on after step 20"]
+    # The last five digits of the loss are rounding.
+    assert said[2][:-1] == run("never stopped", 50, 8)[1][:-1]
