@@ -151,7 +151,8 @@ class _Session:
         counts = len(settings.devices) * len(settings.seeds) + len(settings.compiled_devices)
         counts += len(_GRID) if settings.tune else 0
         runs = sum(map(len, settings.chosen.values())) * counts
-        self._all = self.progress.add_task("all runs", total=runs, note="")
+        done = len(results.rows) + len(results.tried)
+        self._all = self.progress.add_task("all runs", total=runs, completed=done, note="")
         self._one = self.progress.add_task("this run", total=max(settings.num_steps.values()), note="")
 
     def save(self) -> None:

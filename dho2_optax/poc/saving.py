@@ -5,8 +5,9 @@ import errno
 import logging
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,8 +136,21 @@ class Checkpoints:
 
 
 def _orbax() -> Any:
-    """Orbax, imported where it is needed. What it logs besides, its exceptions say."""
+    """Orbax, imported where it is needed. What is said of a failure besides, its exceptions say."""
     import orbax.checkpoint
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if not isinstance(sys.unraisablehook, _WithoutOrphans):
+        sys.unraisablehook = _WithoutOrphans(sys.unraisablehook)
     return orbax.checkpoint
+
+
+class _WithoutOrphans:
+    """Shows exceptions that nobody can handle, but those of writes that end after one beside them has failed."""
+
+    def __init__(self, show: Callable[[Any], object]) -> None:
+        self._show = show
+
+    def __call__(self, unraisable: Any) -> None:
+        if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+            self._show(unraisable)
