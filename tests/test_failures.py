@@ -114,7 +114,7 @@ def _await(process, condition, seconds=600.0):
     while process.poll() is None and time.monotonic() < end:
         if condition():
             return True
-        time.sleep(0.002)
+        time.sleep(0.01)
     return False
 
 
