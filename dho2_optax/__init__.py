@@ -1,6 +1,7 @@
 """Hybrid-order optimization as an optax transformation, with curvature split over devices."""
 
 from dho2_optax._version import __version__
+from dho2_optax.checkpoints import relayout
 from dho2_optax.curvature import gauss_newton, hessian
 from dho2_optax.eigensolver import Spectrum, lanczos
 from dho2_optax.kronecker import shampoo, soap
@@ -32,6 +33,7 @@ __all__ = [
     "lanczos",
     "metrics",
     "mr_dho2",
+    "relayout",
     "shampoo",
     "soap",
     "spectrum",

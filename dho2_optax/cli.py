@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import jax
 
@@ -25,11 +25,14 @@ from dho2_optax.poc import processes, system
 from dho2_optax.poc.optimizers import OPTIMIZERS, default_optimizers
 
 if TYPE_CHECKING:
+    from dho2_optax.poc.results import Results
+    from dho2_optax.poc.runner import Settings
     from dho2_optax.poc.tasks import Task
 
 __all__ = ["main"]
 
-_EXTRA = ("flax", "jinja2", "matplotlib", "rich")
+_EXTRA = ("flax", "jinja2", "matplotlib", "orbax", "rich")
+_CHECKPOINT_SECONDS = 60.0
 _DEFAULT_VIRTUAL_DEVICES = 8  # made, and planned for; trained are fewer where cores are
 _MAX_VIRTUAL_DEVICES = 64
 _MAX_INTEGER = 2**31 - 1  # steps are counted in 32 bits
@@ -42,12 +45,20 @@ _EXIT_TERMINATED = 143
 _EXIT_CODES = (
     "Exit codes: 0, all runs ended; 1, a run failed (one that diverged has ended) or a file could not be written; "
     "2, the arguments cannot be used, or the folder holds a report already; 130 after Ctrl-C and 143 after SIGTERM: "
-    "the report has what had ended."
+    "the report has what had ended, and --resume goes on."
 )
 
 
 class _UsageError(Exception):
     """Input that cannot be used; the message becomes one line for the user."""
+
+
+class _Plan(NamedTuple):
+    """What is to be run."""
+
+    settings: "Settings"
+    tasks: "list[Task]"
+    checkpoint_every: float | None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -167,7 +178,20 @@ def _parser() -> argparse.ArgumentParser:
         "ends at)",
     )
     report.add_argument("--out", type=Path, default=Path("poc-report"), metavar="DIR", help="default poc-report")
-    report.add_argument("--overwrite", action="store_true", help="replace the report that --out holds")
+    held = report.add_mutually_exclusive_group()
+    held.add_argument("--overwrite", action="store_true", help="replace the report that --out holds")
+    held.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out, with its options, on the devices that are left: what had ended stays, what "
+        "was cut off goes on from its last checkpoint",
+    )
+    report.add_argument(
+        "--checkpoint-every",
+        type=_seconds,
+        metavar="SECONDS",
+        help=f"default {_CHECKPOINT_SECONDS:g}; Ctrl-C and SIGTERM leave a checkpoint too",
+    )
     report.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return parser
 
@@ -259,6 +283,13 @@ def _finite(text: str) -> float:
     return value
 
 
+def _seconds(text: str) -> float:
+    value = _finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
+
+
 def _learning_rates(text: str) -> dict[str, float]:
     rates = {}
     for part in text.split(","):
@@ -277,8 +308,44 @@ def _poc(options: argparse.Namespace, command: str) -> int:
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise _UsageError(f'{missing[0]} is missing: pip install "dho2_optax[poc]"')
+    if options.resume:
+        _check_resume(options)
+    plan = None if options.resume else _plan(options, command)
+    from rich.console import Console
+
+    from dho2_optax.poc import runner
+
+    first = processes.is_first()
+    console = Console(quiet=options.quiet or not first, emoji=False)
+    with contextlib.ExitStack() as stack:
+        folder = options.out
+        if first:
+            folder = stack.enter_context(
+                _output_folder(options.out, overwrite=options.overwrite, resume=options.resume)
+            )
+        earlier = None
+        if plan is None:
+            earlier = _earlier(folder)
+            plan = _resumed(earlier)
+        given = (options.checkpoint_every, plan.checkpoint_every, _CHECKPOINT_SECONDS)
+        every = next(seconds for seconds in given if seconds is not None)
+        results = runner.run(plan.settings, plan.tasks, folder, console, earlier=earlier, checkpoint_every=every)
+    console.print(f"\nReport: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    failed = results.num_failed
+    if failed and first:
+        sys.stdout.flush()
+        _complain(f"{failed} run{'s' * (failed > 1)} failed: {folder / 'report.html'} says why")
+    if results.status == "interrupted":
+        return _EXIT_INTERRUPTED
+    return _EXIT_FAILED if failed else 0
+
+
+def _plan(options: argparse.Namespace, command: str) -> "_Plan":
+    """Check what can be checked before anything is written."""
     _check_optimizers(options)
     available, num_processes = _join(options)
+    if num_processes > 1 and options.checkpoint_every is not None:
+        raise _UsageError("--checkpoint-every: a run in several processes is not saved; drop it")
     trained = options.devices or (num_processes * _default_devices(available // num_processes),)
     if max(trained) > available:
         raise _UsageError(f"--devices {max(trained)}: there are only {available} devices")
@@ -292,8 +359,6 @@ def _poc(options: argparse.Namespace, command: str) -> int:
     steps = {task.name: options.steps or _DEFAULT_STEPS for task in tasks}
     if options.epochs:
         steps = {task.name: options.epochs * (task.num_train // batch_size[task.name]) for task in tasks}
-
-    from rich.console import Console
 
     from dho2_optax.poc import runner
 
@@ -315,19 +380,50 @@ def _poc(options: argparse.Namespace, command: str) -> int:
         refresh_interval=options.refresh_interval,
         command=command,
     )
-    first = processes.is_first()
-    console = Console(quiet=options.quiet or not first, emoji=False)
-    out = _output_folder(options.out, overwrite=options.overwrite) if first else contextlib.nullcontext(options.out)
-    with out as folder:
-        results = runner.run(settings, tasks, folder, console)
-    console.print(f"\nReport: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
-    failed = results.num_failed
-    if failed and first:
-        sys.stdout.flush()
-        _complain(f"{failed} run{'s' * (failed > 1)} failed: {folder / 'report.html'} says why")
-    if results.status == "interrupted":
-        return _EXIT_INTERRUPTED
-    return _EXIT_FAILED if failed else 0
+    return _Plan(settings, tasks, options.checkpoint_every)
+
+
+def _check_resume(options: argparse.Namespace) -> None:
+    """Refuse what is no run, and options of the run that goes on: it has its own."""
+    if not (options.out / "results.json").exists():
+        raise _UsageError(f"--resume: there is no run in {options.out}")
+    free = ("command", "out", "resume", "quiet", "checkpoint_every")
+    defaults = _parser().parse_args(["poc"])
+    for name, value in vars(options).items():
+        if name not in free and value != getattr(defaults, name):
+            raise _UsageError(f"--resume goes on with the options of the run in --out: drop --{name.replace('_', '-')}")
+
+
+def _earlier(folder: Path) -> "Results":
+    """The results of the run that is to go on."""
+    from dho2_optax.poc.results import Results
+
+    try:
+        return Results.load(folder / "results.json")
+    except (OSError, ValueError) as error:
+        raise _UsageError(f"--resume: {system.reason(error)}") from error
+
+
+def _resumed(earlier: "Results") -> "_Plan":
+    """What the run was to do, on the devices that there are."""
+    from dho2_optax.poc import runner
+
+    try:
+        settings = runner.Settings.of(earlier.settings)
+        _, *arguments = shlex.split(settings.command)
+    except (TypeError, ValueError, KeyError) as error:
+        raise _UsageError(f"--resume: the settings are not of this version: {system.describe(error)}") from error
+    options = _parser().parse_args(arguments)
+    if options.num_processes is not None:
+        raise _UsageError("--resume: a run in several processes is not saved, so it cannot go on")
+    _start_devices(max((*settings.devices, *settings.compiled_devices)))
+    tasks = _tasks(options)
+    for name in settings.optimizers:
+        if name not in OPTIMIZERS:
+            raise _UsageError(f"--resume: unknown optimizer {name!r}")
+    if [task.name for task in tasks] != [task["name"] for task in earlier.tasks]:
+        raise _UsageError("--resume: the tasks are not those of the run")
+    return _Plan(settings, tasks, options.checkpoint_every)
 
 
 def _check_optimizers(options: argparse.Namespace) -> None:
@@ -431,7 +527,7 @@ def _planned(trained: int, available: int, batch_sizes: Iterable[int]) -> tuple[
 
 
 @contextlib.contextmanager
-def _output_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+def _output_folder(folder: Path, *, overwrite: bool, resume: bool) -> Iterator[Path]:
     """Make the folder of the report and keep it to this run."""
     with contextlib.ExitStack() as stack:
         try:
@@ -443,7 +539,7 @@ def _output_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
             raise _UsageError(f"--out {folder}: another run writes there; give another --out") from error
         except (OSError, ValueError) as error:
             raise _UsageError(f"--out {folder} cannot be written: {system.reason(error)}") from error
-        if held and not overwrite:
+        if held and not (overwrite or resume):
             raise _UsageError(
                 f"--out {folder} holds {held[0]} of an earlier run: give --overwrite to replace it, or another --out"
             )

@@ -15,7 +15,7 @@ leaves of equal shape and dtype are stacked, and only small ones share a flat bu
 """
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -62,7 +62,8 @@ class Layout:
         self._num_parts = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
         if axis_name is not None and num_rows is None:
             num_rows = math.lcm(segments.QUANTUM, self._num_parts)
-        self._num_rows = num_rows
+        #: Of the buffers over an axis; None without one.
+        self.num_rows = num_rows
         self._shapes = [x.shape for x in leaves]
         self._sizes = [math.prod(shape) for shape in self._shapes]
         self._shardings = [jax.typeof(x).sharding if vectors.is_explicitly_sharded(x) else None for x in leaves]
@@ -81,9 +82,20 @@ class Layout:
         self.size = sum(self._sizes)
 
     def _widths(self, group: list[int]) -> list[int]:
-        if self._num_rows is None:
+        if self.num_rows is None:
             return [self._sizes[i] for i in group]
-        return [segments.padded_size(self._sizes[i], self._num_rows) // self._num_rows for i in group]
+        return [segments.padded_size(self._sizes[i], self.num_rows) // self.num_rows for i in group]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of whole buffers."""
+        return [self._shape(group) for group in self._groups]
+
+    def _shape(self, group: _Group) -> tuple[int, ...]:
+        if group.widths is not None:
+            return (*([] if self.num_rows is None else [self.num_rows]), sum(group.widths))
+        stacked = [len(group.leaves)] if len(group.leaves) > 1 else []
+        return (*stacked, *self._shapes[group.leaves[0]])
 
     def __eq__(self, other: object) -> bool:
         """Whether vectors are laid out alike."""
@@ -94,11 +106,11 @@ class Layout:
 
     def pack(self, tree: Vector) -> Packed:
         """The buffers of a whole vector."""
-        return self._pack(tree, self._num_rows or 1)
+        return self._pack(tree, self.num_rows or 1)
 
     def pack_segments(self, tree: Vector) -> Packed:
         """This device's part of the buffers, of a vector in segment form; `pack` without an axis."""
-        return self._pack(tree, (self._num_rows or 1) // self._num_parts)
+        return self._pack(tree, (self.num_rows or 1) // self._num_parts)
 
     def split(self, tree: Vector) -> Packed:
         """This device's part of the buffers, of a vector that every device holds whole; no communication."""
@@ -147,7 +159,44 @@ class Layout:
 
     def unpack_segments(self, buffers: Packed) -> Vector:
         """In segment form, the vector that this device's part of the buffers holds; `unpack` without an axis."""
-        return self.unpack(buffers) if self._num_rows is None else self._unpack(buffers, lambda x, leaf: x)
+        return self.unpack(buffers) if self.num_rows is None else self._unpack(buffers, lambda x, leaf: x)
+
+    def leaves_of_rows(self, stack: Sequence[np.ndarray], *, zeros: bool = True) -> list[np.ndarray]:
+        """On the host, of a stack of whole buffers the leaves, each one flat, of shape ``(rows, numbers)``.
+
+        Raises:
+          ValueError: if the padding is not `zeros`, as that of a vector is: then another layout has packed them.
+        """
+        leaves: list[Any] = [None] * len(self._shapes)
+        for buffer, group in zip(stack, self._groups, strict=True):
+            rows = len(buffer)
+            if group.widths is None:
+                parts = np.split(buffer.reshape(rows, math.prod(buffer.shape[1:])), len(group.leaves), axis=1)
+            else:
+                columns = np.split(buffer, np.cumsum(group.widths)[:-1], axis=-1)
+                parts = [x.reshape(rows, math.prod(x.shape[1:])) for x in columns]
+            for leaf, part in zip(group.leaves, parts, strict=True):
+                size = self._sizes[leaf]
+                if zeros and np.any(part[:, size:]):
+                    raise ValueError(f"of a leaf of shape {self._shapes[leaf]} there are more than {size} numbers")
+                leaves[leaf] = part[:, :size]
+        return leaves
+
+    def rows_of_leaves(self, leaves: Sequence[np.ndarray], padding: float = 0) -> Packed:
+        """The inverse of :meth:`leaves_of_rows`, with `padding` in the padding."""
+
+        def pack(group: _Group) -> Any:
+            parts = [leaves[i] for i in group.leaves]
+            if group.widths is not None:
+                height = self.num_rows or 1
+                padded = [
+                    np.pad(x, ((0, 0), (0, height * width - x.shape[1])), constant_values=padding)
+                    for x, width in zip(parts, group.widths, strict=True)
+                ]
+                parts = [x.reshape(len(x), height, width) for x, width in zip(padded, group.widths, strict=True)]
+            return np.concatenate(parts, axis=-1).reshape(len(parts[0]), *self._shape(group))
+
+        return tuple(map(pack, self._groups))
 
     def random(self, seed: jax.Array) -> Packed:
         """This device's part of a random vector of unit length; see :meth:`noise`."""
@@ -196,9 +245,9 @@ class Layout:
             jnp.array(group.leaves)[number],
             column - jnp.sum(jnp.where(before, widths, 0), axis=1, dtype=jnp.uint32),
         )
-        if self._num_rows is None:
+        if self.num_rows is None:
             return leaf, place
-        num_rows = self._num_rows // self._num_parts
+        num_rows = self.num_rows // self._num_parts
         part = 0 if self.axis_name is None else lax.axis_index(self.axis_name).astype(jnp.uint32)
         row = part * jnp.uint32(num_rows) + jnp.arange(num_rows, dtype=jnp.uint32)
         return leaf, row[:, None] * widths[number] + place
@@ -214,7 +263,7 @@ class Layout:
             members = [x.astype(dtype) for x in members]
             if group.widths is not None:
                 buffer = _side_by_side(members, group.widths, num_rows)
-                return buffer[0] if self._num_rows is None else buffer
+                return buffer[0] if self.num_rows is None else buffer
             return members[0] if len(members) == 1 else _concatenated([x[None] for x in _alike(members)], axis=0)
 
         return tuple(map(pack, self._groups))

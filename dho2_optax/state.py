@@ -65,7 +65,7 @@ def _number(x: Any) -> str:
 
 
 # What an optimizer of another making differs in, and by which of its arguments.
-_MADE_BY = {
+MADE_BY = {
     "spectrum": "`rank`, `num_smallest`, `basis_dtype` or parameters",
     "base_state": "`base`",
     "factors": "`metric`",
@@ -82,7 +82,7 @@ def check_state(state: Any, expected: DHO2State) -> None:
     def describe(tree: Any) -> tuple[Any, list[Any]]:
         return jax.tree.structure(tree), [jax.numpy.shape(x) for x in jax.tree.leaves(tree)]
 
-    for field, argument in _MADE_BY.items():
+    for field, argument in MADE_BY.items():
         got, wanted = (describe(getattr(x, field)) for x in (state, expected))
         if got != wanted:
             shown = zip(got, wanted, strict=True)

@@ -645,7 +645,8 @@ def test_an_interrupted_run_leaves_a_partial_report(tmp_path, number, expected):
     command += ["--seeds", ",".join(map(str, range(1000)))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
     deadline = time.monotonic() + 120
-    while not (out / "results.json").exists() and time.monotonic() < deadline:
+    file = out / "results.json"
+    while not (file.exists() and json.loads(file.read_text())["rows"]) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)

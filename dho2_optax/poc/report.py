@@ -257,7 +257,7 @@ def _said(results: Results) -> list[tuple[str, Sequence[str]]]:
         f"{target.task}: the target is a training loss of {target.loss:.4g}, {target.origin}."
         for target in results.targets
     ]
-    reading += [*_roles(results), _rates(results)]
+    reading += [*_roles(results), *_taken_up(results), _rates(results)]
     if results.machine["virtual_devices"]:
         reading.append(_VIRTUAL_DEVICES)
         if results.machine.get("process_count", 1) > 1:
@@ -307,6 +307,16 @@ def _roles(results: Results) -> list[str]:
                 f"{dropped:.0f} without a result{age}."
             )
     return said
+
+
+def _taken_up(results: Results) -> list[str]:
+    """Say which runs were cut off and went on."""
+    return [
+        f"{row.task}, {row.optimizer}, seed {row.seed}: went on from a checkpoint after {steps} steps, on "
+        f"{count_devices(devices)}; the time of a step is that of the devices at the time."
+        for row in results.rows
+        for steps, devices in row.taken_up
+    ]
 
 
 def _rates(results: Results) -> str:

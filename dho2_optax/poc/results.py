@@ -40,7 +40,7 @@ class Row:
 
     task: str
     optimizer: str
-    devices: int
+    devices: int  # asked for; in the end there may have been fewer, see `taken_up`
     seed: int | None  # None if the program was only compiled
     learning_rate: float
     status: str  # "ok", "diverged", "failed", "compiled", or what the optimizer needs and the run has not
@@ -66,6 +66,8 @@ class Row:
     refresh_steps: list[int] = dataclasses.field(default_factory=list)
     probe_steps: list[int] = dataclasses.field(default_factory=list)
     counters: dict[str, float] = dataclasses.field(default_factory=dict)
+    # Steps before which a run that was cut off went on, and on how many devices.
+    taken_up: list[list[int]] = dataclasses.field(default_factory=list)
     eval_seconds: float | None = None
     final_loss: float | None = None
     test_loss: float | None = None
@@ -166,6 +168,7 @@ class Results:
     rows: list[Row] = dataclasses.field(default_factory=list)
     tuning: list[Tuning] = dataclasses.field(default_factory=list)
     targets: list[Target] = dataclasses.field(default_factory=list)
+    tried: list[Row] = dataclasses.field(default_factory=list)  # the runs of the tuning
 
     @property
     def num_failed(self) -> int:
@@ -186,6 +189,22 @@ class Results:
     def target(self, task: str) -> Target | None:
         """Return the target of a task, if there is one."""
         return next((target for target in self.targets if target.task == task), None)
+
+    @classmethod
+    def load(cls, path: Path) -> "Results":
+        """Read what :meth:`save` has written.
+
+        Raises:
+          OSError: the file cannot be read.
+          ValueError: it holds something else.
+        """
+        try:
+            fields = json.loads(path.read_bytes())
+            parts = {"rows": Row, "tried": Row, "tuning": Tuning, "targets": Target}
+            made = {name: [part(**x) for x in fields.get(name, [])] for name, part in parts.items()}
+            return cls(**(fields | made))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} holds no results of this version: {system.describe(error)}") from error
 
     def save(self, path: Path) -> None:
         """Write JSON, replacing the file at once."""

@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import time
@@ -23,6 +24,7 @@ from dho2_optax.poc import processes, report, system
 from dho2_optax.poc.models import num_parameters
 from dho2_optax.poc.optimizers import OPTIMIZERS
 from dho2_optax.poc.results import Results, Row, Tuning, count_devices
+from dho2_optax.poc.saving import CheckpointError, Checkpoints
 from dho2_optax.poc.tasks import Task
 from dho2_optax.poc.training import Evaluator, Program, Spec, compile_program, train
 
@@ -31,6 +33,7 @@ __all__ = ["Settings", "run"]
 _Result = TypeVar("_Result")
 
 _GRID = (0.1, 0.3, 1.0, 3.0, 10.0)  # times the learning rate that would be used without tuning
+_CHECKPOINTS = "poc-checkpoints"  # of the runs that are not over, in the folder of the report
 _WIDER = {"low": (0.01, 0.03), "high": (30.0, 100.0)}
 
 
@@ -53,18 +56,37 @@ class Settings:
     refresh_interval: int
     command: str
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "Settings":
+        """Those that :class:`Results` hold, read from JSON, which has no tuples."""
+        made: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+        made["chosen"] = {task: tuple(names) for task, names in fields["chosen"].items()}
+        return cls(**made)
 
-def run(settings: Settings, tasks: Sequence[Task], folder: Path, console: Console) -> Results:
+
+def run(
+    settings: Settings,
+    tasks: Sequence[Task],
+    folder: Path,
+    console: Console,
+    *,
+    earlier: Results | None = None,
+    checkpoint_every: float = math.inf,
+) -> Results:
     """Train every optimizer on every task and device count, and write the report.
 
     `results.json` is replaced after every run. On an interrupt (Ctrl-C) what has finished is
-    reported, with the status "interrupted". The tables are printed even if a file cannot be written.
+    reported, with the status "interrupted", and the run that was under way saved. The tables are printed even if a file
+    cannot be written.
 
     Args:
       settings: what to run.
       tasks: what to train.
       folder: an existing folder for the report.
       console: for progress and tables.
+      earlier: results of these settings that are not complete: their runs are not made again, and the one that was cut
+        off goes on from its last checkpoint. Where there are fewer devices now, it does so on those.
+      checkpoint_every: seconds between two checkpoints of a run.
 
     Returns:
       The results; a run that diverged or failed is a row with that status.
@@ -72,26 +94,33 @@ def run(settings: Settings, tasks: Sequence[Task], folder: Path, console: Consol
     Raises:
       OSError: a file cannot be written.
     """
-    begin = time.perf_counter()
-    results = Results(
-        machine=_machine(),
-        settings=dataclasses.asdict(settings),
-        tasks=[_describe(task) for task in tasks],
-    )
-    session = _Session(settings, results, folder, console)
+    machine = _machine()
+    if earlier is None:
+        shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+        results = Results(machine, dataclasses.asdict(settings), [_describe(task) for task in tasks])
+    else:
+        results = earlier
+        results.machine, results.status = machine, "running"
+        # What failed may go well now.
+        results.rows, results.tried = (
+            [row for row in rows if row.status != "failed"] for rows in (results.rows, results.tried)
+        )
+    session = _Session(settings, results, folder, console, checkpoint_every)
     try:
         try:
+            session.save()
             with session.progress:
                 for task in tasks:
                     session.run_task(task)
             results.status = "complete"
         except KeyboardInterrupt:
             results.status = "interrupted"
-        results.seconds = time.perf_counter() - begin
         with system.on_sigterm(signal.SIG_IGN):  # some senders repeat it at once
             session.save()
             if processes.is_first():
                 report.write_html(results, folder)
+        if processes.is_first() and not results.num_failed and results.status == "complete":
+            shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
     finally:
         report.print_tables(results, console)
     return results
@@ -100,7 +129,11 @@ def run(settings: Settings, tasks: Sequence[Task], folder: Path, console: Consol
 class _Session:
     """The state of a proof of concept while it runs."""
 
-    def __init__(self, settings: Settings, results: Results, folder: Path, console: Console) -> None:
+    def __init__(
+        self, settings: Settings, results: Results, folder: Path, console: Console, checkpoint_every: float
+    ) -> None:
+        self._begin = time.perf_counter() - results.seconds
+        self._checkpoint_every = checkpoint_every
         self._settings = settings
         self._results = results
         self._programs: dict[tuple[str, Spec], Program] = {}  # of the tuning, by task and what was compiled
@@ -119,12 +152,14 @@ class _Session:
         counts = len(settings.devices) * len(settings.seeds) + len(settings.compiled_devices)
         counts += len(_GRID) if settings.tune else 0
         runs = sum(map(len, settings.chosen.values())) * counts
-        self._all = self.progress.add_task("all runs", total=runs, note="")
+        done = len(results.rows) + len(results.tried)
+        self._all = self.progress.add_task("all runs", total=runs, completed=done, note="")
         self._one = self.progress.add_task("this run", total=max(settings.num_steps.values()), note="")
 
     def save(self) -> None:
         """Measure every row against the targets so far, and write `results.json`."""
         self._results.aim(self._settings.target)
+        self._results.seconds = time.perf_counter() - self._begin
         if processes.is_first():
             self._results.save(self._folder / "results.json")
 
@@ -133,21 +168,24 @@ class _Session:
         settings, evaluate = self._settings, Evaluator(task)
         self._programs.clear()
         rates = {name: self._learning_rate(task, name, evaluate) for name in settings.chosen[task.name]}
+        rows = self._results.rows
         for devices in settings.devices:
             for name, rate in rates.items():
-                spec = self._spec(task, name, rate, devices)
-                for row in self._train(task, spec, settings.seeds, evaluate):
-                    self._add(row)
+                for row in self._train(task, self._spec(task, name, rate, devices), settings.seeds, evaluate, rows):
+                    self._log(row, "")
         specs = [
             self._spec(task, name, rate, devices)
             for devices in settings.compiled_devices
             for name, rate in rates.items()
+            if devices <= jax.device_count()
         ]
+        specs = [spec for spec in specs if _missing(rows, task, spec, [None])]
         # Nothing is timed any more, so these may share the cores.
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             try:
                 for row in pool.map(lambda spec: self._plan(task, spec), specs):
-                    self._add(row)
+                    self._add(row, rows)
+                    self._log(row, "")
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -155,7 +193,12 @@ class _Session:
     def _learning_rate(self, task: Task, name: str, evaluate: Evaluator) -> float:
         default = OPTIMIZERS[name].learning_rate(task.name)
         start = self._settings.learning_rates.get(name, default)
-        return self._tune(task, name, start, evaluate) if self._settings.tune else start
+        if not self._settings.tune:
+            return start
+        for search in self._results.tuning:
+            if (search.task, search.optimizer) == (task.name, name):
+                return start if search.chosen is None else search.chosen
+        return self._tune(task, name, start, evaluate)
 
     def _tune(self, task: Task, name: str, start: float, evaluate: Evaluator) -> float:
         """Try a grid of learning rates; widen it once if the best is at its edge.
@@ -163,13 +206,15 @@ class _Session:
         The best is the first at the target, where that is known before the runs, or else ends lowest.
         """
         rows: dict[float, Row] = {}
+        tried = self._results.tried
         target = task.target if self._settings.target is None else self._settings.target
 
         def search(factors: Sequence[float]) -> None:
             for factor in factors:
                 spec = self._spec(task, name, _round(start * factor), max(self._settings.devices))
-                [rows[spec.learning_rate]] = self._train(task, spec, self._settings.seeds[:1], evaluate)
-                self._log(rows[spec.learning_rate], "tuning")
+                for row in self._train(task, spec, self._settings.seeds[:1], evaluate, tried):
+                    self._log(row, "tuning")
+            rows.update({row.learning_rate: row for row in tried if (row.task, row.optimizer) == (task.name, name)})
 
         def steps(rate: float) -> int | None:
             return None if target is None else rows[rate].reach(target)[0]
@@ -223,7 +268,8 @@ class _Session:
         """Compile a program; a failure becomes the row's status."""
         name, devices = spec.optimizer, spec.num_devices
         row = Row(task.name, name, devices, None, spec.learning_rate, "compiled")
-        if devices < OPTIMIZERS[name].min_devices:
+        left = _devices_left(devices, spec.batch_size)
+        if left < OPTIMIZERS[name].min_devices:
             row.status = f"needs {count_devices(OPTIMIZERS[name].min_devices)}"
             return row, None
         if OPTIMIZERS[name].group is not None and processes.count() > 1:
@@ -231,6 +277,7 @@ class _Session:
             return row, None
         note = f"{task.name} {name}, {count_devices(devices)}: compiling"
         self.progress.update(self._one, completed=0, total=spec.num_steps, note=note)
+        spec = dataclasses.replace(spec, num_devices=left)
         program = _attempt(row, lambda: self._program(task, spec, to_run=to_run))
         if program is not None:
             row.compile_seconds = program.compile_seconds
@@ -261,16 +308,41 @@ class _Session:
         row.compile_seconds = None  # it says nothing about a program that runs
         return row
 
-    def _train(self, task: Task, spec: Spec, seeds: Sequence[int], evaluate: Evaluator) -> Iterator[Row]:
-        """Compile once, train from every seed, and yield each row when it is complete."""
+    def _train(
+        self, task: Task, spec: Spec, seeds: Sequence[int], evaluate: Evaluator, rows: list[Row]
+    ) -> Iterator[Row]:
+        """Compile once, train from every seed that `rows` lacks, and yield each new row once it is saved."""
+        missing = _missing(rows, task, spec, seeds)
+        if not missing:
+            return
         compiled, program = self._compile(task, spec)
-        for seed in seeds:
+        for seed in missing:
             row = dataclasses.replace(compiled, seed=seed)
-            if program is not None:
-                self._train_seed(task, program, row, seed, evaluate)
+            if program is None or seed is None:
+                self._add(row, rows)
+            else:
+                folder = self._folder / _CHECKPOINTS / self._name(task, row, tuning=rows is self._results.tried)
+                # Several processes do not go on from one: what each of them holds is a part.
+                checkpoints = Checkpoints(folder, self._checkpoint_every) if processes.count() == 1 else None
+                try:
+                    self._train_seed(task, program, row, seed, evaluate, checkpoints)
+                finally:
+                    if checkpoints is not None:
+                        checkpoints.close()
+                self._add(row, rows)
+                if checkpoints is not None and row.status != "failed":
+                    checkpoints.discard()
             yield row
 
-    def _train_seed(self, task: Task, program: Program, row: Row, seed: int, evaluate: Evaluator) -> None:
+    def _name(self, task: Task, row: Row, *, tuning: bool) -> str:
+        """Of the folder of a run: of a task its place, since its name may hold any character."""
+        place = [known["name"] for known in self._results.tasks].index(task.name)
+        what = "tuning" if tuning else "run"
+        return f"{place}-{row.optimizer}-{row.devices}-{row.learning_rate:g}-{row.seed}-{what}"
+
+    def _train_seed(
+        self, task: Task, program: Program, row: Row, seed: int, evaluate: Evaluator, checkpoints: Checkpoints | None
+    ) -> None:
         """Train from one seed and fill in the row."""
         label = f"{task.name} {row.optimizer}, {count_devices(row.devices)}"
 
@@ -278,13 +350,13 @@ class _Session:
             note = f"{label}: loss {loss:.4g}"
             self.progress.update(self._one, completed=step + 1, note=note)
 
-        measured = _attempt(row, lambda: train(task, program, seed, evaluate, show))
+        measured = _attempt(row, lambda: train(task, program, seed, evaluate, show, checkpoints))
         if measured is None:
             return
         row.status = measured.status
         row.losses, row.seconds = measured.losses, measured.seconds
         row.refresh_steps, row.probe_steps = measured.refresh_steps, measured.probe_steps
-        row.counters = measured.counters
+        row.counters, row.taken_up = measured.counters, measured.taken_up
         row.test_loss, row.test_accuracy = measured.test_loss, measured.test_accuracy
         row.test_error = measured.test_error
         row.eval_seconds = measured.eval_seconds
@@ -299,10 +371,9 @@ class _Session:
             row.traffic_per_refresh = parts * footprint.traffic_per_refresh + matvecs * footprint.traffic_per_matvec
         row.measure()
 
-    def _add(self, row: Row) -> None:
-        self._results.rows.append(row)
+    def _add(self, row: Row, rows: list[Row]) -> None:
+        rows.append(row)
         self.save()
-        self._log(row, "")
 
     def _log(self, row: Row, prefix: str) -> None:
         """Print one line for a finished run."""
@@ -324,13 +395,27 @@ class _Session:
 
 
 def _attempt(row: Row, action: Callable[[], _Result]) -> _Result | None:
-    """Run one part of a run; an exception marks its row and nothing else."""
+    """Run one part of a run; an exception marks its row and nothing else, unless a checkpoint cannot be written."""
     try:
         return action()
+    except CheckpointError:
+        raise
     except Exception as error:
         processes.check(error)
         row.status, row.message = "failed", system.describe(error)
         return None
+
+
+def _missing(rows: list[Row], task: Task, spec: Spec, seeds: Sequence[int | None]) -> list[int | None]:
+    """Those of some seeds of which there is no row yet."""
+    run = (task.name, spec.optimizer, spec.num_devices, spec.learning_rate)
+    known = {row.seed for row in rows if (row.task, row.optimizer, row.devices, row.learning_rate) == run}
+    return [seed for seed in seeds if seed not in known]
+
+
+def _devices_left(wanted: int, batch_size: int) -> int:
+    """As many devices as are wanted, or, where there are fewer, as many as can share a batch."""
+    return next(n for n in range(min(wanted, jax.device_count()), 0, -1) if n == wanted or batch_size % n == 0)
 
 
 def _round(rate: float) -> float:

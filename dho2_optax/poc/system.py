@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-__all__ = ["describe", "locked", "on_sigterm", "one_line", "reason", "replace"]
+__all__ = ["describe", "locked", "on_sigterm", "one_line", "postponed_signals", "reason", "replace"]
 
 
 def one_line(text: str, most: int = 300) -> str:
@@ -96,3 +97,33 @@ def on_sigterm(handler: Callable[[int, FrameType | None], None] | signal.Handler
     finally:
         # None: what was there is not from Python.
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+@contextlib.contextmanager
+def postponed_signals() -> Iterator[Callable[[], bool]]:
+    """Hold back SIGINT and SIGTERM until the end, but the second of them; outside the main thread do nothing.
+
+    Yields:
+      A function that says whether one has come.
+    """
+    came: list[int] = []
+    before: dict[int, Callable[[int, FrameType | None], Any]] = {}
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            before[number](number, frame)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler):  # else it is ignored, or ends the process
+                before[number] = handler
+                signal.signal(number, hold)
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            before[came[0]](came[0], None)

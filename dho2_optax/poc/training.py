@@ -13,9 +13,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import dho2_optax
 from dho2_optax import plan
-from dho2_optax.poc import processes
+from dho2_optax.poc import processes, system
 from dho2_optax.poc.optimizers import OPTIMIZERS, Context
+from dho2_optax.poc.saving import Checkpoints
 from dho2_optax.poc.tasks import Task
 
 __all__ = ["Evaluator", "Footprint", "Program", "Run", "Scores", "Spec", "compile_program", "train"]
@@ -82,10 +84,11 @@ class Run:
     refresh_steps: list[int]  # the steps in which a new spectrum was put in use
     probe_steps: list[int]  # the other steps in which a curvature product was made
     counters: dict[str, float]  # the last values of the optimizer's own counters
-    test_loss: float | None
-    test_accuracy: float | None
-    test_error: float | None
-    eval_seconds: float
+    taken_up: list[list[int]]  # the steps before which it went on from a checkpoint, and on how many devices
+    test_loss: float | None = None
+    test_accuracy: float | None = None
+    test_error: float | None = None
+    eval_seconds: float = 0.0
 
 
 class Scores(NamedTuple):
@@ -223,6 +226,7 @@ def train(
     seed: int,
     evaluate: Evaluator,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    checkpoints: Checkpoints | None = None,
 ) -> Run:
     """Train from a seed, waiting for every step so that its time is its own.
 
@@ -235,62 +239,92 @@ def train(
       seed: for the parameters and the order of the samples.
       evaluate: measures the parameters at the end.
       on_step: called after every step with its number and loss.
+      checkpoints: where to go on, and to save. On SIGINT or SIGTERM the step that runs is ended and saved first.
 
     Returns:
-      The measurements; on the first loss that is not finite the run stops as "diverged".
+      The measurements; on the first loss that is not finite the run stops as "diverged". Of a run that goes on from a
+      checkpoint they are those of the whole run, without what was done after the checkpoint and lost.
+
+    Raises:
+      CheckpointError: a checkpoint cannot be read or written.
+      ValueError: the checkpoint is of another task or optimizer.
     """
     spec = program.spec
-    batches = _batches(task, spec.batch_size, seed, program.context.mesh)
-    rate = processes.put(jnp.float32(spec.learning_rate), NamedSharding(program.context.mesh, PartitionSpec()))
+    mesh = program.context.mesh
+    rate = processes.put(jnp.float32(spec.learning_rate), NamedSharding(mesh, PartitionSpec()))
     # Warm-up: the first call of a program is slower. Its results are dropped.
-    first = next(batches)
+    first = next(_batches(task, spec.batch_size, seed, mesh))
     jax.block_until_ready(program.step(*_start(task, program, seed), first, rate))
     params, state = _start(task, program, seed)
+    run = Run("ok", [], [], [], [], {}, [])
+    if checkpoints is not None:
+        params, state, run = _take_up(checkpoints, params, state, run, spec.num_devices)
     make_group = OPTIMIZERS[spec.optimizer].group
     group = None if make_group is None else make_group(program.context)
     if group is not None:
         group.warm_up(state, params, first)
-    run = Run("ok", [], [], [], [], {}, None, None, None, 0.0)
-    batch = first
+    batches = _batches(task, spec.batch_size, seed, mesh, skip=len(run.losses))
     try:
-        for step in range(spec.num_steps):
-            begin = time.perf_counter()
-            if group is not None:
-                state = group.advance(state, params, batch)
-            params, state, loss, counters = program.step(params, state, batch, rate)
-            jax.block_until_ready((params, state, loss))
-            run.seconds.append(time.perf_counter() - begin)
-            run.losses.append(float(loss))
-            before, run.counters = run.counters, {name: float(value) for name, value in counters.items()}
-            if _grew("refreshes", before, run.counters):
-                run.refresh_steps.append(step)
-            elif _grew("matvecs", before, run.counters):
-                run.probe_steps.append(step)
-            on_step(step, run.losses[-1])
-            if not math.isfinite(run.losses[-1]):
-                run.status = "diverged"
-                return run
-            batch = next(batches)
+        with system.postponed_signals() as interrupted:
+            for step in range(len(run.losses), spec.num_steps):
+                batch = next(batches)
+                begin = time.perf_counter()
+                if group is not None:
+                    state = group.advance(state, params, batch)
+                params, state, loss, counters = program.step(params, state, batch, rate)
+                jax.block_until_ready((params, state, loss))
+                run.seconds.append(time.perf_counter() - begin)
+                run.losses.append(float(loss))
+                before, run.counters = run.counters, {name: float(value) for name, value in counters.items()}
+                if _grew("refreshes", before, run.counters):
+                    run.refresh_steps.append(step)
+                elif _grew("matvecs", before, run.counters):
+                    run.probe_steps.append(step)
+                on_step(step, run.losses[-1])
+                if not math.isfinite(run.losses[-1]):
+                    run.status = "diverged"
+                    return run
+                if checkpoints is not None and (interrupted() or checkpoints.is_due()):
+                    checkpoints.save(step + 1, {"params": params, "state": state}, dataclasses.asdict(run))
+                if interrupted():
+                    break
     finally:
         if group is not None:
             run.counters |= group.metrics()
             group.close()
+    if len(run.losses) < spec.num_steps:
+        raise KeyboardInterrupt
     run.test_loss, run.test_accuracy, run.test_error, run.eval_seconds = evaluate(params)
     if not math.isfinite(run.test_loss):
         run.status = "diverged"
     return run
 
 
+def _take_up(checkpoints: Checkpoints, params: Any, state: Any, run: Run, num_devices: int) -> tuple[Any, Any, Run]:
+    """Go on from the last checkpoint, if there is one, whatever the number of its devices."""
+    saved = checkpoints.latest()
+    if saved is None:
+        return params, state, run
+    fresh = {"params": params, "state": state}
+    arrays = dho2_optax.relayout(saved.arrays, fresh, params)
+    run = Run(**saved.measured)
+    run.taken_up.append([len(run.losses), num_devices])
+    return arrays["params"], arrays["state"], run
+
+
 def _grew(name: str, before: dict[str, float], after: dict[str, float]) -> bool:
     return after.get(name, 0.0) > before.get(name, 0.0)
 
 
-def _batches(task: Task, batch_size: int, seed: int, mesh: Mesh) -> Iterator[Any]:
-    """Yield shuffled batches for ever; the remainder of each epoch is dropped."""
+def _batches(task: Task, batch_size: int, seed: int, mesh: Mesh, skip: int = 0) -> Iterator[Any]:
+    """Yield shuffled batches for ever, but the first `skip`; the remainder of each epoch is dropped."""
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(task.num_train)
         for start in range(0, task.num_train - batch_size + 1, batch_size):
+            if skip:
+                skip -= 1
+                continue
             rows = order[start : start + batch_size]
             batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], task.train)
             yield jax.block_until_ready(processes.put(batch, _batch_sharding(mesh)))
@@ -312,8 +346,6 @@ def _abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
 
 
 def _counters(state: Any) -> dict[str, jax.Array]:
-    import dho2_optax
-
     values = dho2_optax.metrics(state)
     return {name: values[name] for name in _COUNTERS if name in values}
 

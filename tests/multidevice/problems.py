@@ -20,7 +20,7 @@ class Problem(NamedTuple):
     base: optax.GradientTransformation
 
 
-def _batch(seed: int = 0, size: int = 48) -> tuple[jax.Array, jax.Array]:
+def images(seed: int = 0, size: int = 48) -> tuple[jax.Array, jax.Array]:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 5, size)
     centers = rng.normal(size=(5, 6, 6, 1))
@@ -63,7 +63,7 @@ def mlp() -> Problem:
         "scale": jnp.ones(()),
         "unused": jnp.zeros((0, 3)),
     }
-    return Problem(params, _batch(), _mlp_loss, optax.sgd(0.02, momentum=0.9))
+    return Problem(params, images(), _mlp_loss, optax.sgd(0.02, momentum=0.9))
 
 
 def cnn() -> Problem:
@@ -73,7 +73,7 @@ def cnn() -> Problem:
         "conv2": _normal(4, 3, 3, 7, 5),
         "out": _normal(5, 45, 5),
     }
-    return Problem(params, _batch(), _cnn_loss, optax.adam(1e-3))
+    return Problem(params, images(), _cnn_loss, optax.adam(1e-3))
 
 
 def burgers(num_points: int = 96, width: int = 12) -> Problem:
