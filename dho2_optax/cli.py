@@ -36,7 +36,6 @@ _CHECKPOINT_SECONDS = 60.0
 _DEFAULT_VIRTUAL_DEVICES = 8  # made, and planned for; trained are fewer where cores are
 _MAX_VIRTUAL_DEVICES = 64
 _MAX_INTEGER = 2**31 - 1  # steps are counted in 32 bits
-_DEFAULT_STEPS = 300
 _DEFAULT_MODELS = ("pinn", "autoencoder", "cnn")
 _EXIT_FAILED = 1
 _EXIT_USAGE = 2
@@ -219,7 +218,7 @@ def _add_training_options(poc: argparse.ArgumentParser) -> None:
         help="over all devices (default 1024 for pinn, all its points, and 256 for others, or less if data are few)",
     )
     length = how.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=_integer(1), metavar="N", help=f"default {_DEFAULT_STEPS}")
+    length.add_argument("--steps", type=_integer(1), metavar="N", help="default 1000 for pinn, 300 for others")
     length.add_argument("--epochs", type=_integer(1), metavar="N")
     how.add_argument(
         "--lr",
@@ -234,13 +233,12 @@ def _add_training_options(poc: argparse.ArgumentParser) -> None:
         help="search a small grid of learning rates first, the same for every optimizer",
     )
     how.add_argument("--seeds", type=_integers(0), default=(0,), metavar="SEEDS", help="default 0")
-    how.add_argument("--rank", type=_integer(1), default=8, metavar="K", help="default 8")
+    how.add_argument("--rank", type=_integer(1), metavar="K", help="default 30 for pinn, 8 for others")
     how.add_argument(
         "--refresh-interval",
         type=_integer(1),
-        default=50,
         metavar="STEPS",
-        help="steps between refreshes of the curvature (default 50)",
+        help="steps between refreshes of the curvature (default 100 for pinn, 50 for others)",
     )
 
 
@@ -356,7 +354,7 @@ def _plan(options: argparse.Namespace, command: str) -> "_Plan":
         if name not in optimizers:
             raise _UsageError(f"--lr {name}: that optimizer is not among --optimizers")
     batch_size = {task.name: _batch_size(options, task, trained) for task in tasks}
-    steps = {task.name: options.steps or _DEFAULT_STEPS for task in tasks}
+    steps = {task.name: options.steps or task.num_steps for task in tasks}
     if options.epochs:
         steps = {task.name: options.epochs * (task.num_train // batch_size[task.name]) for task in tasks}
 
@@ -376,8 +374,8 @@ def _plan(options: argparse.Namespace, command: str) -> "_Plan":
         learning_rates=options.lr,
         tune=options.tune,
         seeds=options.seeds,
-        rank=options.rank,
-        refresh_interval=options.refresh_interval,
+        rank={task.name: options.rank or task.rank for task in tasks},
+        refresh_interval={task.name: options.refresh_interval or task.refresh_interval for task in tasks},
         command=command,
     )
     return _Plan(settings, tasks, options.checkpoint_every)

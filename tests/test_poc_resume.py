@@ -40,8 +40,8 @@ _SETTINGS = runner.Settings(
     learning_rates={},
     tune=False,
     seeds=(0,),
-    rank=2,
-    refresh_interval=5,
+    rank={"valley": 2},
+    refresh_interval={"valley": 5},
     command="dho2-optax poc",
 )
 

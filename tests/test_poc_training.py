@@ -126,9 +126,11 @@ def test_the_schedule_warms_up_and_ends_at_zero(num_steps):
 
 
 def test_every_optimizer_has_a_rate_for_every_model():
-    for optimizer in optimizers.OPTIMIZERS.values():
-        for model in ("mlp", "cnn", "resnet", "autoencoder", "users own"):
-            assert optimizer.learning_rate(model) > 0
+    for optimizer in optimizers.OPTIMIZERS:
+        for model in ("mlp", "cnn", "resnet", "autoencoder", "pinn", "users own"):
+            assert optimizers.learning_rate(optimizer, model) > 0
+    for model in ("mlp", "users own"):
+        assert optimizers.learning_rate("dho2", model) == optimizers.learning_rate("adam", model)
 
 
 @pytest.mark.parametrize("name", ["fosi", "dho2"])

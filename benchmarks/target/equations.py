@@ -1,6 +1,6 @@
 """Physics-informed problems: a network is trained to solve a partial differential equation.
 
-What an equation is, how its loss is made of it, and Burgers' equation are those of the proof of concept.
+What an equation is, how its loss is made of it, convection and Burgers' equation are those of the proof of concept.
 """
 
 import functools
@@ -11,11 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.target import spectral
-from dho2_optax.poc.equations import Equation, Function, burgers, derivative, mean_square, relative_error, side
+from dho2_optax.poc.equations import (
+    Equation,
+    Function,
+    burgers,
+    convection,
+    derivative,
+    mean_square,
+    relative_error,
+    side,
+)
 
 __all__ = ["EQUATIONS", "Equation", "Function", "relative_error"]
 
-SPEED = 10.0  # of convection
 FAST_SPEED = 40.0  # of convection, where it is hard
 REACTION_RATE = 5.0
 WAVE_SPEED = 2.0
@@ -25,22 +33,6 @@ HELMHOLTZ_NUMBER = 1.0
 KLEIN_GORDON_MODE = 5  # half waves in a unit of time
 ALLEN_CAHN_DIFFUSION = 0.005
 ALLEN_CAHN_RATE = 5.0
-
-
-def _convection(speed: float = SPEED) -> Equation:
-    """u_t + c u_x = 0, periodic in x, u(x, 0) = sin x (Krishnapriyan et al., 2021, with speeds c of up to 40 there)."""
-    length, end = 2 * np.pi, 1.0
-
-    def residual(u: Function) -> Function:
-        u_x, u_t = derivative(u, 0), derivative(u, 1)
-        return lambda point: u_t(point) + speed * u_x(point)
-
-    def conditions(u: Function) -> jax.Array:
-        x, start = side(u, 1, 0.0, 0.0, length)
-        left, right = (side(u, 0, at, 0.0, end)[1] for at in (0.0, length))
-        return mean_square(start - jnp.sin(x)) + mean_square(left - right)
-
-    return Equation((0.0, 0.0), (length, end), residual, conditions, lambda p: jnp.sin(p[0] - speed * p[1]))
 
 
 def _poisson() -> Equation:
@@ -207,10 +199,10 @@ def _allen_cahn() -> Equation:
 
 
 EQUATIONS: dict[str, Equation] = {
-    "convection": _convection(),
+    "convection": convection(),
     "poisson": _poisson(),
     "burgers": burgers(),
-    "convection_40": _convection(FAST_SPEED),
+    "convection_40": convection(FAST_SPEED),
     "reaction": _reaction(),
     "wave": _wave(),
     "helmholtz": _helmholtz(),

@@ -1,4 +1,4 @@
-"""Differential equations that a network is trained to solve, and Burgers' among them.
+"""Differential equations that a network is trained to solve: convection and Burgers'.
 
 The loss of a physics-informed network is the mean square of the equation's residual at the points of a batch, plus the
 mean square of what is amiss at each part of the boundary, on points that are always the same. Where the solution is
@@ -12,11 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Equation", "Function", "burgers", "derivative", "mean_square", "relative_error", "side"]
+__all__ = [
+    "SPEED",
+    "Equation",
+    "Function",
+    "burgers",
+    "convection",
+    "derivative",
+    "mean_square",
+    "relative_error",
+    "side",
+]
 
 Function = Callable[[jax.Array], jax.Array]
 """Of a point, shape=(2,), to a number."""
 
+SPEED = 10.0  # of convection, where nothing else is said
 _VISCOSITY = 0.1 / np.pi  # of Burgers' equation
 _BOUNDARY_POINTS = 128  # on each part of the boundary
 _QUADRATURE = 64  # nodes, for the solution of Burgers' equation
@@ -72,6 +83,22 @@ def side(function: Function, axis: int, value: float, low: float, high: float) -
     along = jnp.linspace(low, high, _BOUNDARY_POINTS)
     points = jnp.stack([jnp.full_like(along, value), along], axis=1)
     return along, jax.vmap(function)(points if axis == 0 else points[:, ::-1])
+
+
+def convection(speed: float = SPEED) -> Equation:
+    """u_t + c u_x = 0, periodic in x, u(x, 0) = sin x (Krishnapriyan et al., 2021, with speeds c of up to 40 there)."""
+    length, end = 2 * np.pi, 1.0
+
+    def residual(u: Function) -> Function:
+        u_x, u_t = derivative(u, 0), derivative(u, 1)
+        return lambda point: u_t(point) + speed * u_x(point)
+
+    def conditions(u: Function) -> jax.Array:
+        x, start = side(u, 1, 0.0, 0.0, length)
+        left, right = (side(u, 0, at, 0.0, end)[1] for at in (0.0, length))
+        return mean_square(start - jnp.sin(x)) + mean_square(left - right)
+
+    return Equation((0.0, 0.0), (length, end), residual, conditions, lambda p: jnp.sin(p[0] - speed * p[1]))
 
 
 def burgers() -> Equation:

@@ -16,6 +16,7 @@ __all__ = [
     "Optimizer",
     "Rate",
     "default_optimizers",
+    "learning_rate",
     "schedule",
 ]
 
@@ -59,7 +60,7 @@ class Optimizer:
 
     Attributes:
       description: one line for the report.
-      base: the first-order optimizer that it is, or that it is built on; its learning rates are used.
+      base: the first-order optimizer that it is, or that it is built on.
       make: maps (base, learning rate, context) to the optax transformation.
       hybrid: it uses curvature, and its state has `base_state`.
       gradients: maps the context to what a training step computes before the update.
@@ -82,11 +83,6 @@ class Optimizer:
     def build(self, learning_rate: Rate, context: Context) -> optax.GradientTransformation:
         """Return the optax transformation."""
         return self.make(self.base, learning_rate, context)
-
-    def learning_rate(self, model: str) -> float:
-        """Return the default learning rate for a model: the best of the base alone."""
-        rates = _LEARNING_RATES[self.base]
-        return rates.get(model, rates["default"])
 
 
 def schedule(learning_rate: Rate, num_steps: int) -> optax.Schedule:
@@ -243,14 +239,30 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 _LEARNING_RATES: dict[str, Mapping[str, float]] = {
     "sgd": {"default": 0.1, "mlp": 0.2, "cnn": 0.1, "autoencoder": 0.03, "pinn": 0.03},
-    "adam": {"default": 3e-3, "mlp": 0.018, "cnn": 0.06, "autoencoder": 0.01, "pinn": 0.08},
-    "muon": {"default": 0.02, "mlp": 0.06, "cnn": 0.02, "autoencoder": 0.06, "pinn": 0.09},
-    "soap": {"default": 3e-3, "mlp": 0.03, "cnn": 0.03, "autoencoder": 0.03, "pinn": 0.09},
+    "adam": {"default": 3e-3, "mlp": 0.018, "cnn": 0.06, "autoencoder": 0.01, "pinn": 0.04},
+    "muon": {"default": 0.02, "mlp": 0.06, "cnn": 0.02, "autoencoder": 0.06, "pinn": 0.02},
+    "soap": {"default": 3e-3, "mlp": 0.03, "cnn": 0.03, "autoencoder": 0.03, "pinn": 0.02},
+    "dho2": {"pinn": 0.16},
+    "dho2-soap": {"pinn": 0.16},
 }
-"""By base and model, with "default" for every other model.
+"""By optimizer, or else by base, and model, with "default" for every other model.
 
-Those of the models by name are what `--tune` finds for the base alone with the default settings, each inside its grid.
+Those of the models by name are what `--tune` finds with the default settings, each inside its grid: for the base alone,
+and for a hybrid by itself where its own best is far from that.
 """
+
+
+def learning_rate(optimizer: str, model: str) -> float:
+    """Return the default learning rate of an optimizer for a model.
+
+    Example:
+      >>> from dho2_optax.poc.optimizers import learning_rate
+      >>> learning_rate("dho2", "pinn"), learning_rate("dho2", "cnn"), learning_rate("adam", "cnn")
+      (0.16, 0.06, 0.06)
+    """
+    rates = _LEARNING_RATES[OPTIMIZERS[optimizer].base]
+    return _LEARNING_RATES.get(optimizer, {}).get(model, rates.get(model, rates["default"]))
+
 
 _DEFAULT_OPTIMIZERS = {
     "default": ("adam", "dho2", "muon", "dho2-muon"),

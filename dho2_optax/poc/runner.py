@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import dho2_optax
 from dho2_optax.poc import processes, report, system
 from dho2_optax.poc.models import num_parameters
-from dho2_optax.poc.optimizers import OPTIMIZERS
+from dho2_optax.poc.optimizers import OPTIMIZERS, learning_rate
 from dho2_optax.poc.results import Results, Row, Tuning, count_devices
 from dho2_optax.poc.saving import CheckpointError, Checkpoints
 from dho2_optax.poc.tasks import Task
@@ -52,8 +52,8 @@ class Settings:
     learning_rates: Mapping[str, float]  # in place of the defaults
     tune: bool
     seeds: tuple[int, ...]
-    rank: int
-    refresh_interval: int
+    rank: Mapping[str, int]  # by task
+    refresh_interval: Mapping[str, int]  # by task
     command: str
 
     @classmethod
@@ -191,7 +191,7 @@ class _Session:
                 raise
 
     def _learning_rate(self, task: Task, name: str, evaluate: Evaluator) -> float:
-        default = OPTIMIZERS[name].learning_rate(task.name)
+        default = learning_rate(name, task.name)
         start = self._settings.learning_rates.get(name, default)
         if not self._settings.tune:
             return start
@@ -260,8 +260,8 @@ class _Session:
             num_devices=devices,
             batch_size=self._settings.batch_size[task.name],
             num_steps=self._settings.num_steps[task.name],
-            rank=self._settings.rank,
-            refresh_interval=self._settings.refresh_interval,
+            rank=self._settings.rank[task.name],
+            refresh_interval=self._settings.refresh_interval[task.name],
         )
 
     def _compile(self, task: Task, spec: Spec, *, to_run: bool = True) -> tuple[Row, Program | None]:

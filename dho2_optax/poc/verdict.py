@@ -10,6 +10,8 @@ from dho2_optax.poc.results import TIE_SECONDS, TIE_STEPS, Results, Row, megabyt
 
 __all__ = ["against_bases", "verdicts"]
 
+_APART = 2.0  # times one loss is the other
+
 
 @dataclasses.dataclass(frozen=True)
 class _Standing:
@@ -133,7 +135,8 @@ def _outcome(ours: float | None, theirs: float | None, tie: float) -> int:
 def _comparison(hybrid: _Standing, rival: _Standing, loss: float) -> str:
     """Say where two stand at a loss: always updates, time and memory."""
     memory = f"a step takes {_pair(hybrid.memory, rival.memory, megabytes, 'less')} of memory on a device"
-    ends = f"ends at {hybrid.final_loss:.3g}, {rival.optimizer} at {rival.final_loss:.3g}; {memory}"
+    both = f"ends at {hybrid.final_loss:.3g}, {rival.optimizer} at {rival.final_loss:.3g}"
+    ends = f"{both}; {memory}"
     if hybrid.steps is None and rival.steps is None:
         return f"{ends}"
     if hybrid.steps is None or hybrid.seconds is None:
@@ -142,8 +145,14 @@ def _comparison(hybrid: _Standing, rival: _Standing, loss: float) -> str:
         return f"{_alone(hybrid)}, {rival.optimizer} never; it {ends}"
     return (
         f"against {rival.optimizer} needs {_pair(hybrid.seconds, rival.seconds, _seconds, 'less')} and "
-        f"{_pair(hybrid.steps, rival.steps, _updates, 'fewer')} to {loss:.3g}; {memory}"
+        f"{_pair(hybrid.steps, rival.steps, _updates, 'fewer')} to {loss:.3g}; "
+        f"{f'it {both}; ' if _apart(hybrid.final_loss, rival.final_loss) else ''}{memory}"
     )
+
+
+def _apart(ours: float, theirs: float) -> bool:
+    """Whether two losses are so far from each other that this is news."""
+    return min(ours, theirs) > 0 and max(ours, theirs) > _APART * min(ours, theirs)
 
 
 def _alone(standing: _Standing) -> str:
