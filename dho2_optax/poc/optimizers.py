@@ -241,9 +241,9 @@ _LEARNING_RATES: dict[str, Mapping[str, float]] = {
     "sgd": {"default": 0.1, "mlp": 0.2, "cnn": 0.1, "autoencoder": 0.03, "pinn": 0.03},
     "adam": {"default": 3e-3, "mlp": 0.018, "cnn": 0.06, "autoencoder": 0.01, "pinn": 0.04},
     "muon": {"default": 0.02, "mlp": 0.06, "cnn": 0.02, "autoencoder": 0.06, "pinn": 0.02},
-    "soap": {"default": 3e-3, "mlp": 0.03, "cnn": 0.03, "autoencoder": 0.03, "pinn": 0.02},
+    "soap": {"default": 3e-3, "mlp": 0.03, "cnn": 0.03, "autoencoder": 0.03, "pinn": 0.06},
     "dho2": {"pinn": 0.16},
-    "dho2-soap": {"pinn": 0.16},
+    "dho2-soap": {"pinn": 0.048},
 }
 """By optimizer, or else by base, and model, with "default" for every other model.
 
