@@ -194,6 +194,10 @@ def write_html(results: Results, folder: Path) -> Path:
         said=_said(results),
         sizes=_by_task(results.settings["batch_size"], "batch"),
         steps=_by_task(results.settings["num_steps"], "steps"),
+        curvature=[
+            _by_task(results.settings[name], what)
+            for name, what in (("rank", "rank"), ("refresh_interval", "refresh every"))
+        ],
         pictures=pictures,
     )
     path = folder / "report.html"
@@ -257,7 +261,7 @@ def _said(results: Results) -> list[tuple[str, Sequence[str]]]:
         f"{target.task}: the target is a training loss of {target.loss:.4g}, {target.origin}."
         for target in results.targets
     ]
-    reading += [*_roles(results), *_taken_up(results), _rates(results)]
+    reading += [*_roles(results), *_taken_up(results), _rates(results), _seconds(results)]
     if results.machine["virtual_devices"]:
         reading.append(_VIRTUAL_DEVICES)
         if results.machine.get("process_count", 1) > 1:
@@ -309,6 +313,16 @@ def _roles(results: Results) -> list[str]:
     return said
 
 
+def _seconds(results: Results) -> str:
+    """Say what the seconds are worth."""
+    seeds = len(results.settings["seeds"])
+    of = "of one seed" if seeds == 1 else f"medians over {seeds} seeds"
+    return (
+        f"Seconds are {of}, on this machine as idle or busy as it was: where a verdict hangs on them, run it again "
+        "with nothing beside it, and more seeds."
+    )
+
+
 def _taken_up(results: Results) -> list[str]:
     """Say which runs were cut off and went on."""
     return [
@@ -333,7 +347,8 @@ def _rates(results: Results) -> str:
         text += (
             " None was tuned in this run: a default or a given learning rate may favour one optimizer. (The defaults "
             "of pinn, mlp, cnn and autoencoder are the best of --tune for each base alone, on the digits with all "
-            "other settings at their defaults; a hybrid has that of its base.) Run with --tune before deciding."
+            "other settings at their defaults; a hybrid has that of its base, but on pinn its own.) Run with --tune "
+            "before deciding."
         )
     else:
         seed = results.settings["seeds"][0]
