@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from dho2_optax.poc import data, optimizers, tasks, training
+from dho2_optax.poc import data, equations, optimizers, tasks, training
 from dho2_optax.poc.tasks import Task
 
 
@@ -194,7 +194,7 @@ def test_two_groups_of_devices_share_a_batch_evenly(devices, batch_size, expecte
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_network_learns_to_solve_an_equation(devices):
-    task = tasks.pinn(64)
+    task = tasks.from_equation("burgers", equations.burgers(), 64)
     spec = training.Spec("dho2-soap", 0.01, devices, 64, 40, rank=2, refresh_interval=10)
     _, run = _train(task, spec)
     assert run.status == "ok"
