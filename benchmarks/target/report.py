@@ -273,6 +273,7 @@ def _beside_its_base(store: Store, method: str, num_steps: int) -> list[str] | N
 def plot(summary: Summary, path: Path) -> None:
     """Training loss against seconds, or against steps where no method was timed.
 
+    A dot is the end of a run with a shorter schedule.
     Where the solution is known, loss and relative error, against steps and against seconds.
     """
     rows = [row for row in summary.rows if row.head["kind"] != "ablation"]
@@ -294,6 +295,9 @@ def plot(summary: Summary, path: Path) -> None:
                     style = "--" if row.head["kind"] == "baseline" else "-"
                     x, y = np.multiply(runs[0]["steps"], scale), np.mean([run[field] for run in runs], axis=0)
                     axes.plot(x[1:], y[1:], style, color=f"C{i % 10}", label=row.method)
+                    if field == "losses":
+                        ends = np.multiply(list(row.shortened), scale), list(row.shortened.values())
+                        axes.plot(*ends, "o", color=f"C{i % 10}")
             axes.set(xlabel=unit, ylabel=label, yscale="log", title=summary.name)
             if axes.lines:
                 axes.legend(fontsize="small", ncols=2)
@@ -319,7 +323,8 @@ that has a table of its own, if its best rate is the same). A method of which a 
 diverged counts as not reaching. Step times were taken alone, several methods of a task in turns in one process (which
 ones, `_timing.json` of the task says), compilation excluded. The test loss of differential equations and
 of `image_field` is the relative error in the L2 norm. "MiB" is what a step holds at once, by the compiler: parameters,
-optimizer state, batch and temporaries; it was not measured for older results.
+optimizer state, batch and temporaries; it was not measured for older results. In the plots a dot is the end of a run
+with a shorter schedule.
 
 Hybrids refresh every 100 updates, which was the default before `dho2_adam_interval50` and `dho2_adam_often` were made;
 it is 50 since, as in these two.
