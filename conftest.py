@@ -27,6 +27,14 @@ def _eight_devices() -> None:
     assert jax.device_count("cpu") == 8
 
 
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """For modules whose time goes to compiling small programs that run once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _release_compiled_programs() -> Iterator[None]:
     """Every compiled program maps memory, and Linux allows a process 65530 mappings: beyond them XLA crashes."""

@@ -1,9 +1,12 @@
 """Checks of the arguments of constructors: nonsense is a ValueError that names the argument and what is allowed."""
 
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 INJECTION_HINT = "(With `optax.inject_hyperparams`, inject into a function of the hyperparameters that calls this one.)"
@@ -106,3 +109,36 @@ def check_transformations(**values: Any) -> None:
     for name, value in values.items():
         if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
             raise ValueError(f"`{name}` must be an optax.GradientTransformation, got {value!r}.")
+
+
+def check_calls(name: str, function: Callable[..., Any] | None, *arguments: str, remedy: str) -> None:
+    """Raises ValueError for a function that cannot be called with as many arguments; None is let pass.
+
+    Example:
+      >>> check_calls("loss_fn", lambda params: 0.0, "params", "batch", remedy="give `value_fn=`")
+      Traceback (most recent call last):
+      ValueError: `loss_fn` is called with (params, batch), but takes (params); give `value_fn=`.
+    """
+    try:
+        signature = inspect.signature(function) if function is not None else None
+    except (TypeError, ValueError):  # of functions that are not written in Python
+        return
+    if signature is None:
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        given, taken = ", ".join(arguments), ", ".join(signature.parameters)
+        raise ValueError(f"`{name}` is called with ({given}), but takes ({taken}); {remedy}.") from None
+
+
+def check_params(params: Any) -> None:
+    """Raises ValueError for parameters that are not real floating-point numbers."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        is_array = hasattr(leaf, "dtype")
+        if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"`params` must hold real floating-point numbers, got {leaf.dtype if is_array else repr(leaf)} at "
+                f"{jax.tree_util.keystr(path)}; leave such leaves out: by optax.masked, in Equinox by "
+                "eqx.filter(model, eqx.is_inexact_array), in flax's nnx by wrt=nnx.Param."
+            )

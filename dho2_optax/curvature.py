@@ -144,7 +144,13 @@ def checked_loss(loss_fn: LossFn, *, has_aux: bool, name: str = "loss_fn") -> Lo
     """`loss_fn`, with an error that says what to do where it does not return what `has_aux` promises."""
 
     def loss(*args: Any) -> Any:
-        result = loss_fn(*args)
+        try:
+            result = loss_fn(*args)
+        except Exception as error:
+            remedy = _remedy(error, args[0])
+            if remedy is None:
+                raise
+            raise ValueError(f"`{name}` {remedy}.") from error
         is_pair = isinstance(result, tuple | list) and len(result) == 2
         if has_aux and not is_pair:
             raise ValueError(
@@ -163,6 +169,27 @@ def checked_loss(loss_fn: LossFn, *, has_aux: bool, name: str = "loss_fn") -> Lo
         return result
 
     return loss
+
+
+def _remedy(error: Exception, params: Any) -> str | None:
+    """What to do about an error of the user's function that comes of a model being no pytree of its parameters."""
+    said = str(error)
+    if "NoneType" in said and any(x is None for x in jax.tree.leaves(params, is_leaf=lambda x: x is None)):
+        return (
+            "was called with the parameters, where None stands for what is none; of an Equinox module have it call "
+            "eqx.combine(params, static), with params, static = eqx.partition(model, eqx.is_inexact_array)"
+        )
+    if "'State' object" in said and type(params).__name__ == "State":
+        return (
+            "was called with the parameters, an nnx.State, and not with the model; have it call nnx.merge(graphdef, "
+            "params, rest, copy=True), with graphdef, params, rest = nnx.split(model, nnx.Param, ...)"
+        )
+    if type(error).__name__ == "TraceContextError":
+        return (
+            "changes variables of nnx from outside of it; have it make its own, by nnx.merge(graphdef, params, rest, "
+            "copy=True)"
+        )
+    return None
 
 
 def _kind_of(value: Any) -> str:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dho2_optax import eigensolver, learning, segments, vectors
+from dho2_optax import arguments, eigensolver, learning, segments, vectors
 from dho2_optax import metric as metric_lib
 from dho2_optax.learning import Inputs, Learning, own_segment
 from dho2_optax.metric import Factors, Metric, Momentum
@@ -71,7 +71,7 @@ def hybrid(settings: Settings) -> optax.GradientTransformationExtraArgs:
 def init(settings: Settings, params: Any) -> DHO2State:
     """The state before the first update."""
     params = vectors.as_arrays(params)
-    _check_params(params)
+    arguments.check_params(params)
     layout = Layout(params, settings.axis_name)
     pairs = eigensolver.zero_spectrum(settings.solver.num_pairs, layout.split(params), settings.solver.basis_dtype)
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
@@ -118,6 +118,7 @@ def update(
         return updates, state._replace(count=optax.safe_increment(state.count))
     segments.check_bound(settings.axis_name)
     updates, params, hvp = vectors.as_arrays((updates, params, hvp))
+    arguments.check_params(params)
     check_state(state, jax.eval_shape(functools.partial(init, settings), params))
     value_fn = obj_fn if value_fn is None else value_fn
     if value_fn is not None:
@@ -227,13 +228,3 @@ def momentum_of(settings: Settings, base_state: Any, gradient: Packed, params: A
         return Momentum(gradient, metric_lib.PLAIN_LIMIT)
     pack = layout.pack_segments if settings.base_on_segments else layout.split
     return found._replace(vector=pack(found.vector))
-
-
-def _check_params(params: Any) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        is_array = hasattr(leaf, "dtype")
-        if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"`params` must hold real floating-point numbers, got {leaf.dtype if is_array else repr(leaf)} at "
-                f"{jax.tree_util.keystr(path)}; leave such leaves out with optax.masked."
-            )

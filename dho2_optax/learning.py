@@ -18,8 +18,10 @@ from dho2_optax.refresh import Source
 ArrayLike = jax.typing.ArrayLike
 _DROPPED = (
     "If it was given: flax's TrainState.apply_gradients and optax.MultiSteps in a chain drop keyword arguments; "
-    "override the one, and use dho2_optax.MultiSteps(...).gradient_transformation() for the other."
+    "use dho2_optax.flax.TrainState for the one, dho2_optax.MultiSteps(...).gradient_transformation() for the other."
 )
+
+_WITH_BATCH = "give `lambda params: loss_fn(params, batch)`, or `loss_fn` at construction and `update` the `batch=`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +155,7 @@ def operator_for(learning: Learning, params: Any, inputs: Inputs) -> tuple[Opera
                 f"`update` needs `value_fn=` (or `obj_fn=`): no `loss_fn` was given at construction. {_DROPPED}"
             )
         return None
+    arguments.check_calls("value_fn", value_fn, "params", remedy=_WITH_BATCH)
     objective = curvature_lib.checked_loss(value_fn, has_aux=has_aux, name="value_fn")
     return curvature_lib.hessian(lambda p, b: objective(merged(p)), has_aux=has_aux), ()
 

@@ -7,6 +7,7 @@ import jax
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dho2_optax.arguments import check_params
 from dho2_optax.state import check_state
 from dho2_optax.vectors import as_arrays
 
@@ -108,6 +109,7 @@ def over_mesh(
 
     def init(params: Any) -> Any:
         params = as_arrays(params)
+        check_params(params)
         check_whole(params=params)
         specs = state_specs(local.init, params, axis_name)
         return jax.jit(over_axis(local.init, mesh, axis_name, replicated, specs))(params)
@@ -116,6 +118,7 @@ def over_mesh(
         if params is None:
             raise ValueError("`update` needs `params`, got None.")
         updates, params = as_arrays((updates, params))
+        check_params(params)
         check_whole(params=params, updates=updates, hvp=extra.get("hvp"))
         specs = state_specs(local.init, params, axis_name)
         check_state(state, jax.eval_shape(over_axis(local.init, mesh, axis_name, replicated, specs), params))

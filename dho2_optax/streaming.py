@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dho2_optax import counters, curvature, krylov, segments, vectors
-from dho2_optax.arguments import check_functions, check_sizes
+from dho2_optax.arguments import check_calls, check_functions, check_sizes
 from dho2_optax.curvature import BatchSize, LossFn
 from dho2_optax.eigensolver import Wanted
 from dho2_optax.krylov import LanczosState
@@ -258,7 +258,8 @@ def value_grad_and_hvp(
       mini-step when accumulating gradients.
 
     Raises:
-      ValueError: if `batch_size` is not positive, or, when called, if `state` holds no `mr_dho2` state.
+      ValueError: if `batch_size` is not positive or `loss_fn` does not take two arguments; when called, if `state`
+        holds no `mr_dho2` state, or `params` is no pytree like the parameters that it was made for.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -281,6 +282,7 @@ def value_grad_and_hvp(
       Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
     """
     check_functions(loss_fn=loss_fn)
+    check_calls("loss_fn", loss_fn, "params", "batch", remedy="have it take the batch, if only to ignore it")
     check_sizes(auto=True, batch_size=batch_size)
 
     def compute(params: Any, state: Any, batch: Any, allow_probe: ArrayLike = True) -> tuple[Any, Any, Any]:
@@ -291,6 +293,7 @@ def value_grad_and_hvp(
         treedef = jax.tree.structure(params)
         wrapped = lambda tree: treedef.unflatten(jax.tree.leaves(tree))  # noqa: E731
         params = vectors.vary(vectors.as_arrays(vectors.unwrapped(params)), axis_name)
+        visible = _visible(params, found.probing.shown)
         loss = curvature.checked_loss(lambda p, b: loss_fn(wrapped(p), b), has_aux=has_aux)
         value_and_grad = jax.value_and_grad(loss, has_aux=has_aux)
         is_whole = curvature.part_size(batch, batch_size, axis_name) is None
@@ -301,9 +304,9 @@ def value_grad_and_hvp(
             return value, grads, vectors.vary(jax.tree.map(vectors.zeros_like, params), axis_name)
 
         def probe() -> tuple[Any, Any, Any]:
-            segment, shown = found.probing.process.vector, hide(params, found.probing.shown)
+            segment = found.probing.process.vector
             # With `mesh=` and outside of its shard_map, what all devices have is seen as one.
-            layout = Layout(shown, axis_name) if segments.bound_axis(axis_name) else of_buffers(segment, shown)
+            layout = Layout(visible, axis_name) if segments.bound_axis(axis_name) else of_buffers(segment, visible)
             half = geometry(found.probing.factors, layout, metric).half
             vector = layout.unpack(layout.gather(half(segment)))
             vector = fill(vector, jax.tree.map(vectors.zeros_like, params))
@@ -313,10 +316,22 @@ def value_grad_and_hvp(
                     lambda: jax.jvp(lambda p: value_and_grad(p, batch), (params,), (vector,)), _WITHOUT_FORWARD_MODE
                 )
                 return value, grads, hvp
-            at = fill(probe_params(found.probing, shown), params)
+            at = fill(probe_params(found.probing, visible), params)
             return *value_and_grad(params, batch), product(vectors.vary(at, axis_name), vector, batch)
 
         value, grads, hvp = jax.lax.cond(is_due(found) & allow_probe, probe, plain)
         return value, wrapped(grads), wrapped(hvp)
 
     return compute
+
+
+def _visible(params: Any, shown: Any) -> Any:
+    """The parameters that the optimizer sees."""
+    try:
+        return hide(params, shown)
+    except ValueError:
+        raise ValueError(
+            f"`params` must be a pytree like the parameters that `state` was made for, got a {type(params).__name__}; "
+            "of a model take them out: in Equinox by eqx.filter(model, eqx.is_inexact_array), in flax's nnx by "
+            "nnx.state(model, nnx.Param)."
+        ) from None

@@ -312,6 +312,7 @@ def fosi(
     subspace = optax.identity() if subspace is None else subspace
     arguments.check_transformations(base=base, subspace=subspace)
     arguments.check_functions(optional=True, loss_fn=loss_fn)
+    _check_loss(loss_fn)
     _check_schedule(refresh_interval, warmup_steps, optional=False)
     arguments.check_numbers("non-negative", schedule=True, alpha=alpha)
     arguments.check_numbers("non-negative", infinite=True, base_scale_limit=base_scale_limit)
@@ -386,6 +387,11 @@ class MultiSteps(optax.MultiSteps):
         return optax.GradientTransformationExtraArgs(self.init, self.update)
 
 
+def _check_loss(loss_fn: LossFn | None) -> None:
+    remedy = "give a loss of the parameters alone to `update`, as `value_fn=`, and no `loss_fn`"
+    arguments.check_calls("loss_fn", loss_fn, "params", "batch", remedy=remedy)
+
+
 def _check_schedule(refresh_interval: Any, warmup_steps: Any, *, optional: bool) -> None:
     arguments.check_numbers("positive", whole=True, optional=optional, refresh_interval=refresh_interval)
     arguments.check_numbers("positive", whole=True, optional=True, warmup_steps=warmup_steps)
@@ -429,6 +435,7 @@ def _assemble(
     arguments.check_transformations(base=base)
     arguments.check_numbers("non-negative", schedule=True, alpha=alpha)
     check_objective(loss_fn, curvature, batch_size)
+    _check_loss(loss_fn)
     if eigensolver.rayleigh is not None and loss_fn is None and curvature is None:
         raise ValueError("`rayleigh` needs `loss_fn` or `curvature`.")
     if not (metric is None or metric in ("auto", "base") or isinstance(metric, Metric)):

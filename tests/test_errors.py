@@ -1,11 +1,14 @@
 """Errors of usage: each is a line that names the argument and says what to do."""
 
+import functools
+
 import flax.training.train_state
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -65,11 +68,16 @@ def test_python_floats_are_parameters_of_products_and_of_lanczos():
     assert float(dho2.lanczos(lambda x: 4.0 * x, 1.0, rank=1).eigenvalues[0]) == pytest.approx(4.0)
 
 
-@pytest.mark.parametrize("leaf", ["text", 3, True, object(), jax.random.key(0)], ids=lambda x: type(x).__name__)
+_NO_PARAMETERS = ["text", 3, True, object(), jax.nn.tanh, jax.random.key(0)]
+
+
+@pytest.mark.parametrize("leaf", _NO_PARAMETERS, ids=lambda x: type(x).__name__)
 def test_leaves_that_are_no_parameters(leaf):
-    _refused(
-        r"`params` must hold real floating-point numbers, got .* at \['c'\]; .*masked", _optimizer().init, {"c": leaf}
-    )
+    said = r"`params` must hold real floating-point numbers, got .* at \['b'\]; .*masked.*eqx\.filter.*wrt=nnx\.Param"
+    on_mesh = _optimizer(mesh=jax.make_mesh((1,), (AXIS,)), axis_name=AXIS)
+    for tx in (_optimizer(), on_mesh):
+        _refused(said, tx.init, {**_PARAMS, "b": leaf})
+        _refused(said, tx.update, _PARAMS, tx.init(_PARAMS), {**_PARAMS, "b": leaf}, batch=_BATCH)
 
 
 def test_none_is_no_leaf():
@@ -154,6 +162,81 @@ def test_other_type_errors_of_the_users_function_stay_what_they_are():
         dho2.hessian(loss_fn)(_PARAMS, _PARAMS, _BATCH)
 
 
+# Losses of models, as Equinox and nnx have them, and of the parameters alone, as linen's users write them.
+
+
+class _Net(nnx.Module):
+    def __init__(self):
+        self.linear, self.norm = nnx.Linear(4, 1, rngs=nnx.Rngs(0)), nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("use", [lambda x: x(1.0), lambda x: x.real, lambda x: jnp.sin(x)], ids=["call", "get", "sin"])
+def test_none_where_a_module_of_equinox_holds_something_else(use):
+    params = {"w": _PARAMS["w"], "activation": None}
+    said = r" was called with the parameters, where None .* eqx\.combine\(params, static\)"
+    loss_fn = lambda p, b: jnp.sum(p["w"]) * use(p["activation"])  # noqa: E731
+    _refused("`loss_fn`" + said, _trace, _optimizer(loss_fn), params=params, batch=_BATCH)
+    _refused("`value_fn`" + said, _trace, _optimizer(None), params=params, value_fn=lambda p: loss_fn(p, _BATCH))
+    state = dho2.mr_dho2(optax.sgd(0.1), rank=2).init(params)
+    _refused("`loss_fn`" + said, dho2.value_grad_and_hvp(loss_fn), params, state, _BATCH)
+
+
+def test_other_errors_beside_none_stay_what_they_are():
+    def loss_fn(params, batch):
+        raise TypeError("no such thing")
+
+    with pytest.raises(TypeError, match="no such thing"):
+        _trace(_optimizer(loss_fn), params={"w": _PARAMS["w"], "none": None}, batch=_BATCH)
+
+
+def _parameters_of(model):
+    """What an nnx.Optimizer hands to the transformation."""
+    return nnx.as_pure(nnx.state(model, nnx.Param))
+
+
+def test_a_loss_of_the_model_of_nnx():
+    loss_fn = lambda model, batch: jnp.mean(model(batch))  # noqa: E731
+    params, batch = _parameters_of(_Net()), jnp.ones((3, 4))
+    said = r"`loss_fn` was called with the parameters, an nnx\.State, .* nnx\.merge\(.*, copy=True\)"
+    _refused(said, _trace, _optimizer(loss_fn), params=params, batch=batch)
+    state = jax.eval_shape(dho2.mr_dho2(optax.sgd(0.1), rank=2).init, params)
+    _refused(said, jax.eval_shape, dho2.value_grad_and_hvp(loss_fn), params, state, batch)
+
+
+def test_a_loss_that_changes_variables_of_the_model_of_nnx():
+    graphdef, params, rest = nnx.split(_Net(), nnx.Param, ...)
+
+    def value_fn(params, **kwargs):
+        return jnp.mean(nnx.merge(graphdef, params, rest, **kwargs)(jnp.ones((3, 4))))
+
+    trace = functools.partial(_trace, _optimizer(None), params=nnx.as_pure(params))
+    said = r"`value_fn` changes variables of nnx from outside .* nnx\.merge\(graphdef, params, rest, copy=True\)"
+    _refused(said, trace, value_fn=value_fn)
+    trace(value_fn=functools.partial(value_fn, copy=True))  # the remedy is one
+
+
+def test_a_product_at_a_model():
+    model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    state = jax.eval_shape(dho2.mr_dho2(optax.sgd(0.1), rank=2).init, nnx.state(model, nnx.Param))
+    product = dho2.value_grad_and_hvp(lambda model, x: jnp.mean(model(x)))
+    said = r"`params` must be a pytree like .*, got a Linear; .* eqx\.filter\(.*\), in flax's nnx by nnx\.state\("
+    _refused(said, jax.eval_shape, product, model, state, jnp.ones((3, 4)))
+
+
+def test_a_loss_of_the_parameters_alone():
+    said = r"`loss_fn` is called with \(params, batch\), but takes \(params\); "
+    alone = lambda params: _loss(params, _BATCH)  # noqa: E731
+    for constructor in (dho2.dho2, dho2.mr_dho2, dho2.fosi):
+        _refused(said + "give .* as `value_fn=`", constructor, optax.sgd(0.1), alone)
+    _refused(said + "have it take the batch", dho2.value_grad_and_hvp, alone)
+    _trace(_optimizer(None), value_fn=alone)
+    said = r"`value_fn` is called with \(params\), but takes \(params, batch\); .*`batch=`"
+    _refused(said, _trace, _optimizer(None), value_fn=_loss)
+
+
 # What update is given.
 
 
@@ -168,7 +251,9 @@ def _by_multi_steps(tx):
 
 @pytest.mark.parametrize("drop", [_by_train_state, _by_multi_steps])
 def test_who_drops_the_batch_is_named(drop):
-    said = r"TrainState\.apply_gradients and optax\.MultiSteps in a chain drop .*\.gradient_transformation\(\)"
+    said = (
+        r"TrainState\.apply_gradients and .*MultiSteps in a chain drop .*flax\.TrainState .*\.gradient_transformation"
+    )
     _refused("`update` needs `batch=`.*" + said, drop, _optimizer())
     _refused("`update` needs `value_fn=`.*" + said, drop, _optimizer(None))
 

@@ -22,6 +22,8 @@ from dho2_optax.packing import Layout, of_stack
 from dho2_optax.streaming import is_due
 from tests.helpers import AXIS, SPLITTING, flat, flat_rows, make_mesh, on_devices, python_blocks, unflatten
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 _SECTIONS = dict(
     re.findall(
         r"^## (.*?)\n(.*?)(?=^## |\Z)",
@@ -35,14 +37,6 @@ _WRONG = 0.1  # and the least that the Hessian of another function makes
 _SOLVER = dho2.Eigensolver(order=12)
 # Products on the whole batch, whose Hessian is known.
 _OPTIONS: dict[str, Any] = {"rank": 2, "warmup_steps": 1, "batch_size": None, "eigensolver": _SOLVER}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Nearly all time here goes to compiling small programs that run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
