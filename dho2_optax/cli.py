@@ -315,12 +315,10 @@ def _poc(options: argparse.Namespace, command: str) -> int:
 
     first = processes.is_first()
     console = Console(quiet=options.quiet or not first, emoji=False)
-    with contextlib.ExitStack() as stack:
-        folder = options.out
-        if first:
-            folder = stack.enter_context(
-                _output_folder(options.out, overwrite=options.overwrite, resume=options.resume)
-            )
+    out = contextlib.nullcontext(options.out)
+    if first:
+        out = _output_folder(options.out, overwrite=options.overwrite, resume=options.resume)
+    with out as folder:
         earlier = None
         if plan is None:
             earlier = _earlier(folder)
