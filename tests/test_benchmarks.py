@@ -298,12 +298,14 @@ def test_results_of_other_options_are_not_mixed(tmp_path):
 def test_every_method_can_be_traced_with_the_rate_it_is_given(digits, name):
     """Nothing is compiled: shapes and types of the carry must come out as they went in."""
     method = METHODS[name]
-    params = jax.eval_shape(digits.init, jax.random.key(0))
-    batch = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.asarray(x[:BATCH_SIZE]), digits.train))
+    task = tasks.build("reaction", tasks.Sources()) if method.least_squares else digits
+    batch_size = task.num_train if method.least_squares else BATCH_SIZE
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    batch = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.asarray(x[:batch_size]), task.train))
     numbers = (0.01, 100) if method.compiled == "once" else ()
 
     def step(params, batch, *numbers):
-        trainer = method.build(Setting(digits, BATCH_SIZE, *(numbers or (method.centre("digits_mlp"), 100))))
+        trainer = method.build(Setting(task, batch_size, *(numbers or (method.centre(task.name), 100))))
         carry = trainer.init(params, batch)
         return carry, trainer.step(carry, batch)
 

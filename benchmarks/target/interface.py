@@ -63,6 +63,7 @@ class Method:
       steady: all parts of a run take the same time. If not, the time of a step is the mean over a whole run.
       only_full_batch: it is left out where a batch is not all of the training data.
       most_parameters: it is left out where a task has more.
+      least_squares: it is left out where the loss of a task is no sum of squares, `Target.residuals`.
     """
 
     description: str
@@ -76,6 +77,7 @@ class Method:
     steady: bool = True
     only_full_batch: bool = False
     most_parameters: float = float("inf")
+    least_squares: bool = False
 
     def centre(self, task: str) -> float:
         """The centre of the grid for a task."""
@@ -85,6 +87,8 @@ class Method:
         """Why the method is left out on a task, or None if it is not."""
         if self.only_full_batch and batch_size < task.num_train:
             return f"for batches of all {task.num_train} samples only"
+        if self.least_squares and task.residuals is None:
+            return "for losses that are sums of squares only"
         count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))))
         if count > self.most_parameters:
             return f"for up to {self.most_parameters:g} parameters, here are {count}"

@@ -7,11 +7,9 @@ its peak.
 
 An ablation with ``rank=0`` is missing because it is the base alone.
 
-Methods of other libraries are added by the optional module `benchmarks.target.peers`: a dict ``METHODS``. It may import
-what is not installed everywhere.
+Methods of other libraries are added by `benchmarks.target.peers`, where those libraries are installed.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
@@ -24,7 +22,7 @@ from optax import contrib
 
 import dho2_optax as dho2
 from benchmarks.options import grouped
-from benchmarks.target import newton
+from benchmarks.target import newton, peers
 from benchmarks.target.interface import Method, Setting, Trainer
 from benchmarks.target.safeguards import SAFEGUARDS
 
@@ -415,10 +413,7 @@ METHODS: dict[str, Method] = {
 }
 """By name, in the order of the report."""
 
-with contextlib.suppress(ImportError):
-    from benchmarks.target import peers  # pyright: ignore[reportAttributeAccessIssue]
-
-    METHODS |= peers.METHODS
+METHODS |= peers.METHODS
 
 KINDS = ("baseline", "hybrid", "ablation")
 

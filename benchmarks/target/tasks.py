@@ -24,8 +24,10 @@ import optax
 
 from benchmarks.problems import FASHION_MNIST
 from benchmarks.target.equations import EQUATIONS, relative_error
+from benchmarks.target.least_squares import Residuals
 from benchmarks.target.models import BatchNormResNet, CharLstm, CharTransformer, FourierFeatureNetwork
 from dho2_optax.poc import data
+from dho2_optax.poc.models import TanhNetwork
 from dho2_optax.poc.tasks import Task, from_dataset, from_equation, of_points
 
 _CHARACTERS = 1_000_000
@@ -46,6 +48,7 @@ class Target(Task):
       num_eval: so many training samples, the first ones, are what the training loss is measured on.
       predictions: in one sample; every character of a sequence is one.
       curvature_share: the part of a batch that hybrids make their products on.
+      residuals: what the loss is the sum of squares of, or None where it is no such sum.
       test_loss_fn: maps (parameters, batch) to the mean loss in tests, where that is not `loss_fn`. Where there
         is an `error` it is that, which is followed along a run too.
     """
@@ -53,6 +56,7 @@ class Target(Task):
     num_eval: int = 10_000
     predictions: int = 1
     curvature_share: float = 1 / 8
+    residuals: Residuals | None = None
     test_loss_fn: Callable[[Any, Any], jax.Array] | None = None
 
 
@@ -198,8 +202,14 @@ def _text(name: str, sources: Sources, make_model: Callable[[int], nn.Module]) -
 def _equation(name: str, sources: Sources, *, drawn: bool = False) -> Target:
     """Solve a differential equation, on points that are always the same or drawn anew at each update."""
     del sources
-    task = from_equation(f"{name}_drawn" if drawn else name, EQUATIONS[name], _DRAWN_POINTS if drawn else _POINTS)
-    return _extended(task, curvature_share=1.0, test_loss_fn=task.error)
+    equation = EQUATIONS[name]
+    task = from_equation(f"{name}_drawn" if drawn else name, equation, _DRAWN_POINTS if drawn else _POINTS)
+    _, network = of_points(TanhNetwork())  # that of the task
+    residuals = Residuals(
+        lambda params, sample: equation.residual(network(params))(sample["points"]),
+        lambda params: equation.conditions(network(params)),
+    )
+    return _extended(task, curvature_share=1.0, residuals=residuals, test_loss_fn=task.error)
 
 
 def image(point: jax.Array) -> jax.Array:
@@ -232,6 +242,7 @@ def _image_field(sources: Sources) -> Target:
         sampled(between),
         error=error,
         curvature_share=1.0,
+        residuals=Residuals(lambda params, sample: network(params)(sample["points"]) - sample["values"]),
         test_loss_fn=error,
     )
 

@@ -39,12 +39,13 @@ class Equation(NamedTuple):
     low: tuple[float, float]
     high: tuple[float, float]
     residual: Callable[[Function], Function]
-    conditions: Callable[[Function], jax.Array]  # the sum over the parts of the boundary of a mean square
+    conditions: Callable[[Function], list[jax.Array]]  # what is amiss at each part of the boundary, vectors
     solution: Function
 
     def loss(self, function: Function, points: jax.Array) -> jax.Array:
         """How far a function is from solving the equation; ``points`` of ``shape=(n, 2)``."""
-        return mean_square(jax.vmap(self.residual(function))(points)) + self.conditions(function)
+        inside = jax.vmap(self.residual(function))(points)
+        return mean_square(inside) + sum(mean_square(part) for part in self.conditions(function))
 
     def points(self, count: int, seed: int) -> np.ndarray:
         """Points of the rectangle, uniform at random; ``shape=(count, 2)``, float32."""
@@ -93,10 +94,10 @@ def convection(speed: float = SPEED) -> Equation:
         u_x, u_t = derivative(u, 0), derivative(u, 1)
         return lambda point: u_t(point) + speed * u_x(point)
 
-    def conditions(u: Function) -> jax.Array:
+    def conditions(u: Function) -> list[jax.Array]:
         x, start = side(u, 1, 0.0, 0.0, length)
         left, right = (side(u, 0, at, 0.0, end)[1] for at in (0.0, length))
-        return mean_square(start - jnp.sin(x)) + mean_square(left - right)
+        return [start - jnp.sin(x), left - right]
 
     return Equation((0.0, 0.0), (length, end), residual, conditions, lambda p: jnp.sin(p[0] - speed * p[1]))
 
@@ -119,9 +120,9 @@ def burgers() -> Equation:
         u_xx = derivative(u_x, 0)
         return lambda point: u_t(point) + u(point) * u_x(point) - _VISCOSITY * u_xx(point)
 
-    def conditions(u: Function) -> jax.Array:
+    def conditions(u: Function) -> list[jax.Array]:
         x, start = side(u, 1, 0.0, -1.0, 1.0)
         walls = [side(u, 0, at, 0.0, 1.0)[1] for at in (-1.0, 1.0)]
-        return mean_square(start + jnp.sin(jnp.pi * x)) + mean_square(jnp.concatenate(walls))
+        return [start + jnp.sin(jnp.pi * x), jnp.concatenate(walls)]
 
     return Equation((-1.0, 0.0), (1.0, 1.0), residual, conditions, solution)
