@@ -1,6 +1,8 @@
 """K-FAC of `kfac-jax` 0.0.8, on tasks of the proof of concept: autoencoder, mlp and digits_mlp.
 
-It has no blocks for the convolutions of cnn and resnet on CPU, which are products of patches there.
+It has no blocks for the convolutions of cnn and resnet on CPU, which are products of patches there. Nor has it for
+differential equations: it finds layers by parameters that are used once, and derivatives of a network use each of them
+often, so that all would have the diagonal blocks of "generic" parameters.
 """
 
 import importlib.metadata
