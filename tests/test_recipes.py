@@ -120,8 +120,9 @@ def _sharded(tree: Any, mesh: Any, spec: Any) -> Any:
 
 
 def test_there_is_a_recipe_for_each_part():
-    parts = ["Weight decay", "Gradient clipping", "BatchNorm", "Dropout", "Your own shard_map"]
-    assert list(_SECTIONS) == [*parts, "Hyperparameters in the state", "When no pair is active"]
+    parts = ["Weight decay", "Gradient clipping", "Gradient accumulation", "Fine-tuning", "BatchNorm", "Dropout"]
+    rest = ["Your own shard_map", "Hyperparameters in the state", "When no pair is active"]
+    assert list(_SECTIONS) == [*parts, *rest]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,8 @@ def test_there_is_a_recipe_for_each_part():
     [
         ("Weight decay", 1),
         ("Gradient clipping", 1),
+        ("Gradient accumulation", 1),
+        ("Fine-tuning", 1),
         ("BatchNorm", 2),
         ("Dropout", 2),
         ("Your own shard_map", 2),
@@ -138,7 +141,7 @@ def test_there_is_a_recipe_for_each_part():
 def test_the_code_runs(title, num_losses):
     losses = [float(line) for line in _recipe(title)["printed"].splitlines()]
     assert len(losses) == num_losses
-    assert max(losses) < (0.5 if title == "Dropout" else 0.1)
+    assert max(losses) < (0.5 if title == "Dropout" else 0.2 if title == "Fine-tuning" else 0.1)
 
 
 # Weight decay and clipping: linear regression, whose Hessian is known and the same everywhere.
@@ -296,6 +299,66 @@ def test_what_clips_on_several_devices():
         right = name in ("in front", "in the whole base")
         error = np.linalg.norm(update[0] - expected) / np.linalg.norm(expected)
         assert error < 1e-5 if right else error > 0.1, (name, error)
+
+
+# Gradient accumulation.
+
+
+def test_accumulation_makes_curvature_on_real_updates_only():
+    names = _recipe("Gradient accumulation")
+    metrics = dho2.metrics(names["state"])
+    assert metrics["refreshes"] == 5  # every 20 of 100 real updates
+    assert metrics["matvecs"] == 5 * 8
+
+
+def test_accumulation_takes_curvature_from_the_mini_batch_of_the_last_mini_step():
+    names = _recipe("Gradient accumulation")
+    inner = dho2.dho2(optax.sgd(0.1), names["loss_fn"], metric=None, **_OPTIONS)
+    tx = optax.chain(dho2.MultiSteps(inner, every_k_schedule=4).gradient_transformation())
+    params = names["params"]
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for i in range(4):
+        batch = jax.tree.map(lambda leaf, i=i: leaf[i], names["batches"])
+        _, state = update(params, state, params, batch=batch)
+    np.testing.assert_allclose(dho2.spectrum(state).eigenvalues, _eigenvalues(batch)[:2], rtol=1e-3)
+    first = jax.tree.map(lambda leaf: leaf[0], names["batches"])
+    assert np.abs(_eigenvalues(first)[0] / _eigenvalues(batch)[0] - 1) > 0.01
+
+
+# Fine-tuning.
+
+
+def test_fine_tuning_leaves_the_frozen_alone_and_learns_the_curvature_of_the_others():
+    names = _recipe("Fine-tuning")
+    np.testing.assert_array_equal(names["params"]["body"], names["pretrained"])
+    state = names["state"]
+    assert dho2.metrics(state)["refreshes"] == 5
+    rows = flat_rows(dho2.spectrum(state, {"body": optax.MaskedNode(), "head": names["params"]["head"]}).eigenvectors)
+    assert rows.shape == (4, 32)
+
+    params, batch = names["params"], names["batch"]
+    tx = optax.masked(
+        dho2.dho2(optax.sgd(0.1), names["loss_fn"], metric=None, **_OPTIONS), {"body": False, "head": True}
+    )
+    _, state = jax.jit(tx.update)(params, tx.init(params), params, batch=batch, full_params=params)
+    hidden = np.tanh(np.asarray(batch[0], np.float64) @ np.asarray(params["body"]))
+    expected = np.linalg.eigvalsh(2 * hidden.T @ hidden / len(hidden))[::-1]
+    np.testing.assert_allclose(dho2.spectrum(state).eigenvalues, expected[:2], rtol=1e-3)
+
+
+@pytest.mark.parametrize("silenced", [True, False])
+def test_a_mask_hands_the_gradient_of_the_others_on(silenced):
+    names = _recipe("Fine-tuning")
+    params = names["params"]
+    hybrid = dho2.dho2(optax.sgd(0.1), names["loss_fn"], metric=None, **_OPTIONS)
+    parts = [optax.masked(hybrid, {"body": False, "head": True})]
+    if silenced:
+        parts.append(optax.masked(optax.set_to_zero(), {"body": True, "head": False}))
+    tx = optax.chain(*parts)
+    gradient = jax.tree.map(jnp.ones_like, params)
+    updates, _ = jax.jit(tx.update)(gradient, tx.init(params), params, batch=names["batch"], full_params=params)
+    np.testing.assert_array_equal(updates["body"], np.zeros((4, 32)) if silenced else gradient["body"])
 
 
 # BatchNorm.
