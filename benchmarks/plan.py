@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -222,27 +223,89 @@ def predicted_memory(row: dict[str, Any]) -> float:
 def predicted(row: dict[str, Any]) -> dict[str, float]:
     """Seconds that the planner says, for a row of times."""
     sizes = row["sizes"]
+    layers = isinstance(sizes, list | tuple)
     found = dho2.plan(
-        [shape for pair in itertools.pairwise(sizes) for shape in (pair, pair[1:])],
+        [shape for pair in itertools.pairwise(sizes) for shape in (pair, pair[1:])] if layers else sizes,
         batch_size=row["batch_size"],
         devices=row["devices"],
         hardware=Hardware(**row["speeds"]),
         rank=row["rank"],
         order=row["order"],
         interval=50,
+        curvature_batch=row.get("curvature_batch", "auto"),
         sample_flops=row["sample_flops"],
     ).forms[0]
     return {"update": found.update_seconds, "refresh": found.refresh_seconds}
 
 
+def earlier() -> list[dict[str, Any]]:
+    """Rows of times from other committed results, in which there is all that a prediction needs."""
+    found = json.loads((RESULTS.parent / "overhead.json").read_text())
+    seconds = {name: spread["median"] for name, spread in found["seconds"].items()}
+    count, batch_size, rank, order = (found[name] for name in ("num_params", "batch_size", "rank", "order"))
+    rate = 6.0 * count * batch_size / seconds["gradient"]
+    read = seconds["read stack: dots"] + seconds["read stack: combine"]
+    speeds = Hardware(
+        name=found["machine"]["device"],
+        flops=rate,
+        bandwidth=2 * 4 * rank * count / read,
+        memory=math.inf,
+        links=math.inf,
+        product=seconds["products in a loop"] / order / seconds["gradient"],
+    )
+    row = {
+        "sizes": (784, 1024, 256, 10),
+        "batch_size": batch_size,
+        "curvature_batch": batch_size,
+        "rank": rank,
+        "order": order,
+        "devices": 1,
+        "speeds": dataclasses.asdict(speeds),
+        "sample_flops": 6.0 * count,
+        "measured": {"update": found["update"]["dho2"], "refresh": found["refresh"]["seconds"]},
+        "from": "overhead.json",
+    }
+    path = RESULTS.parent / "accelerator_h200" / "floors_transformer_float32.json"
+    found = json.loads(path.read_text())
+    gpu, samples = found["result"], found["result"]["refresh"]["products_on_samples"]
+    order = round(gpu["refresh"]["products"])
+    speeds = Hardware(
+        name=found["machine"]["device"],
+        flops=samples * order / gpu["seconds"]["products"],  # in units of a product on a sample
+        bandwidth=gpu["bandwidth"],
+        memory=math.inf,
+        links=math.inf,
+        product=1.0,
+    )
+    return [
+        row,
+        {
+            "sizes": gpu["num_params"],
+            "batch_size": 8 * samples,
+            "curvature_batch": samples,
+            "rank": 8,
+            "order": order,
+            "devices": 1,
+            "speeds": dataclasses.asdict(speeds),
+            "sample_flops": 1.0,
+            "measured": {"update": gpu["seconds"]["update"], "refresh": gpu["refresh"]["seconds"]},
+            "from": f"accelerator_h200/{path.name}",
+        },
+    ]
+
+
 def table(results: dict[str, Any]) -> str:
     """Times and bytes, measured and predicted, as Markdown."""
-    head = ("layers", "batch", "devices", "rank", "order")
+    head = ("parameters", "batch", "devices", "rank", "order")
     head = (*head, "update", "predicted", "error", "refresh", "predicted", "error")
     lines = [head, ("---",) * len(head)]
-    for row in results["times"]:
-        said = predicted(row)
-        cells = ["-".join(map(str, row["sizes"])), *(str(row[x]) for x in ("batch_size", "devices", "rank", "order"))]
+    for row in [*results["times"], *earlier()]:
+        said, sizes = predicted(row), row["sizes"]
+        name = f"{sizes:,}" if isinstance(sizes, int) else "-".join(map(str, sizes))
+        cells = [
+            f"{name} ({row['from']})" if "from" in row else name,
+            *(str(row[x]) for x in ("batch_size", "devices", "rank", "order")),
+        ]
         for name in ("update", "refresh"):
             measured = row["measured"][name]
             cells += [f"{1e3 * measured:.2f}", f"{1e3 * said[name]:.2f}", f"{said[name] / measured - 1:+.0%}"]
@@ -266,6 +329,7 @@ def main() -> None:
         action="store_true",
         help="time what this program computes, and not what it waits for, on one thread: for a machine in use",
     )
+    parser.add_argument("--parts", nargs="+", choices=("times", "memory"), default=("times", "memory"))
     parser.add_argument("--cases", type=int, nargs="+", choices=range(len(CASES)), default=range(len(CASES)))
     arguments = machine.parse(parser, RESULTS, table)
     if arguments is None:
@@ -277,14 +341,17 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", max(case.devices for case in CASES))
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     head = {**machine.describe(sys.argv), "clock": "CPU time" if arguments.cpu_time else "wall clock"}
-    results = {**head, "repeats": arguments.repeats, "times": [], "memory": memory_rows()}
-    for case in (CASES[i] for i in arguments.cases):
+    results = {**head, "repeats": arguments.repeats, "times": [], "memory": []}
+    if "memory" in arguments.parts:
+        results["memory"] = memory_rows()
+    for case in (CASES[i] for i in arguments.cases if "times" in arguments.parts):
         row = timed(case, arguments.repeats, clock)
         row["predicted"] = predicted(row)
         results["times"].append(row)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
         print(case, row["measured"], row["predicted"], flush=True)
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
         jax.clear_caches()
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 
 

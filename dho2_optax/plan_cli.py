@@ -70,6 +70,9 @@ def add_options(plan: argparse.ArgumentParser) -> None:
         "--curvature-batch", type=int, metavar="N", help="samples of products, over all devices (default an eighth)"
     )
     how.add_argument(
+        "--curvature-devices", type=int, metavar="N", help="of a CurvatureGroup (default: as many as keep up)"
+    )
+    how.add_argument(
         "--budget", type=float, default=0.1, metavar="SHARE", help="of the time, that curvature may take (default 0.1)"
     )
     how.add_argument(
@@ -138,6 +141,7 @@ def _made(options: argparse.Namespace, start_devices: Callable[[int], int]) -> p
         order=options.order,
         interval=work.interval if options.interval is None else options.interval,
         curvature_batch="auto" if options.curvature_batch is None else options.curvature_batch,
+        curvature_devices=options.curvature_devices,
         budget=options.budget,
         sample_flops=flops,
         sample_bytes=options.sample_bytes,

@@ -34,10 +34,10 @@ _TIE = 1.02  # forms whose mean steps differ by less are equally fast
 _MOST_DEVICES = 1024
 
 # Passes over memory, in vectors of which a device has its part. An update reads every eigenvector four times; a product
-# of a Lanczos process reads the whole basis twice. The other numbers are fitted to `benchmarks/results/plan.json`.
-_UPDATE_VECTORS = 24.0
+# of a Lanczos process reads the whole basis twice. The other numbers are fitted to what `benchmarks.plan` compares.
+_UPDATE_VECTORS = 28.0
 _UPDATE_READS = 4.0
-_PRODUCT_VECTORS = 24.0
+_PRODUCT_VECTORS = 32.0
 _PRODUCT_READS = 2.0
 _PUBLISH_READS = 8.0  # for every pair, and one for every vector of the basis
 _WHOLE_VECTORS = 6.0  # whole ones, that are packed and unpacked where there are several devices
