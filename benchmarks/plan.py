@@ -3,14 +3,15 @@
     python -m benchmarks.plan                 # prints tables, writes benchmarks/results/plan.json
     python -m benchmarks.plan --print         # prints the tables of results that are there
 
-Takes three minutes. Measured are an update of `dho2` on Adam, without a refresh and with one, for dense networks of
-several sizes, ranks and numbers of virtual devices. Predicted are both from `dho2_optax.hardware.measure` on the same
-shapes, loss and batch, which times a gradient, a product, collectives and reads of a stack, but no update and no
-refresh. Calls are taken in turn, and the shortest time of each counts: other programs on the machine make times
-longer, never shorter.
+Takes about three minutes on an idle machine. Measured are an update of `dho2` on Adam, without a refresh and with one,
+for dense networks of several sizes, ranks and numbers of virtual devices. Predicted are both from
+`dho2_optax.hardware.measure` on the same shapes, loss and batch, which times a gradient, a product, collectives and
+reads of a stack, but no update and no refresh. Calls are taken in turn, and the shortest time of each counts: other
+programs on the machine make times longer, never shorter.
 
-Memory is compared with the programs of `benchmarks.memory`, which are in `benchmarks/results/memory.json`, and compile
-time with `benchmarks/results/compile.json`, from which it was fitted.
+Earlier results in which there is all that a prediction needs are compared too: `overhead.json`, and what an H200 took.
+Memory is compared with the programs of `benchmarks.memory` in `benchmarks/results/memory.json`, and with some that are
+compiled here. `--parts` takes some of the three: times, memory, programs.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from dho2_optax.hardware import HARDWARE, Hardware
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 AXIS = "data"
-MOST_DEVICES = 4
+PARTS = ("times", "memory", "programs")
 
 
 class Case(NamedTuple):
@@ -150,6 +151,12 @@ def timed(case: Case, repeats: int, clock: Callable[[], float]) -> dict[str, Any
 
 SHAPES = ((1024, 1024), (1024, 512), (1024,))
 """Of the programs whose memory is read here, since `benchmarks.memory` has none of them."""
+PROGRAMS: tuple[tuple[planner.FormName, int, int, int], ...] = (
+    ("synchronous", 1, 8, 16),
+    ("streaming", 1, 8, 16),
+    ("group", 2, 8, 16),
+)
+"""Form, devices, rank and order of these."""
 
 
 def _stand_in(params: Any, batch: jax.Array) -> jax.Array:
@@ -157,7 +164,7 @@ def _stand_in(params: Any, batch: jax.Array) -> jax.Array:
 
 
 def compiled(form: planner.FormName, devices: int, rank: int, order: int) -> dict[str, Any]:
-    """A row of memory: of an update on one device without a mesh, or of a curvature group."""
+    """A row of memory, of a program compiled here: an update on one device without a mesh, or a curvature group."""
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in SHAPES]
     batch = jax.ShapeDtypeStruct((8 * devices,), jnp.float32)
     options: dict[str, Any] = {"rank": rank, "eigensolver": dho2.Eigensolver(order=order)}
@@ -176,11 +183,12 @@ def compiled(form: planner.FormName, devices: int, rank: int, order: int) -> dic
         state = jax.eval_shape(tx.init, params)
         program = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params, batch).compile()
         total = programs.memory(program).total
-    return {"form": form, "devices": devices, "rank": rank, "order": order, "num_params": None, "measured": total}
+    row = {"form": form, "model": "two matrices", "platform": "cpu", "devices": devices, "rank": rank, "order": order}
+    return {**row, "num_params": None, "measured": total}
 
 
 def memory_rows() -> list[dict[str, Any]]:
-    """What compiled programs hold: of `benchmarks.memory` on several CPU devices, and of those compiled here."""
+    """What the compiled programs of `benchmarks.memory` on several devices hold."""
     names = {"dho2": "synchronous", "mr_dho2": "streaming"}
     found = []
     for row in json.loads(memory.RESULTS.read_text())["rows"]:
@@ -197,8 +205,7 @@ def memory_rows() -> list[dict[str, Any]]:
                     "measured": row["memory"]["total"],
                 }
             )
-    small = [compiled("synchronous", 1, 8, 16), compiled("streaming", 1, 8, 16), compiled("group", 2, 8, 16)]
-    return found + [{**row, "model": "two matrices", "platform": "cpu"} for row in small]
+    return found
 
 
 def predicted_memory(row: dict[str, Any]) -> float:
@@ -329,7 +336,7 @@ def main() -> None:
         action="store_true",
         help="time what this program computes, and not what it waits for, on one thread: for a machine in use",
     )
-    parser.add_argument("--parts", nargs="+", choices=("times", "memory"), default=("times", "memory"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--cases", type=int, nargs="+", choices=range(len(CASES)), default=range(len(CASES)))
     arguments = machine.parse(parser, RESULTS, table)
     if arguments is None:
@@ -344,6 +351,8 @@ def main() -> None:
     results = {**head, "repeats": arguments.repeats, "times": [], "memory": []}
     if "memory" in arguments.parts:
         results["memory"] = memory_rows()
+    if "programs" in arguments.parts:
+        results["memory"] += [compiled(*one) for one in PROGRAMS]
     for case in (CASES[i] for i in arguments.cases if "times" in arguments.parts):
         row = timed(case, arguments.repeats, clock)
         row["predicted"] = predicted(row)

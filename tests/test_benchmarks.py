@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import dho2_optax as dho2
-from benchmarks import accelerator, bounds, compile, hostile, machine, memory, networks, scale, shapes, soak
+from benchmarks import accelerator, bounds, compile, hostile, machine, memory, networks, plan, scale, shapes, soak
 from benchmarks.target import methods, report, safeguards, tasks, training
 from benchmarks.target.equations import EQUATIONS, relative_error
 from benchmarks.target.interface import Method, Setting, Trainer
@@ -783,6 +783,25 @@ def test_without_programs_nothing_is_predicted(tmp_path, monkeypatch, capsys):
             scale.main()
         assert stopped.value.code == 2
         assert "python -m benchmarks.memory" in capsys.readouterr().err
+
+
+def test_predictions_stand_beside_what_was_measured():
+    results = json.loads(plan.RESULTS.read_text())
+    assert len(results["memory"]) >= 18
+    for row in results["memory"]:
+        assert plan.predicted_memory(row) == pytest.approx(row["measured"], rel=0.05)
+    for row in [*results["times"], *plan.earlier()]:
+        said = plan.predicted(row)
+        assert said["refresh"] == pytest.approx(row["measured"]["refresh"], rel=0.3)
+        assert said["update"] == pytest.approx(row["measured"]["update"], rel=0.4)
+    assert plan.table(results).count("\n| ") == len(results["memory"]) + len(results["times"]) + 6
+
+
+@pytest.mark.slow
+def test_an_update_and_a_refresh_are_timed():
+    row = plan.timed(plan.Case((16, 24, 8), 64, 2, 4, 2), 1, time.process_time)
+    assert row["measured"]["update"] > 0
+    assert plan.predicted(json.loads(json.dumps(row)))["update"] > 0
 
 
 # The long run.
