@@ -143,7 +143,7 @@ def timed(case: Case, repeats: int, clock: Callable[[], float]) -> dict[str, Any
     )
     return {
         **case._asdict(),
-        "speeds": dataclasses.asdict(speeds),
+        "speeds": {name: x for name, x in dataclasses.asdict(speeds).items() if x != math.inf},  # JSON has none
         "sample_flops": hardware.sample_flops(loss_fn, params, batch),
         "measured": updater.best(repeats),
     }
@@ -256,8 +256,6 @@ def earlier() -> list[dict[str, Any]]:
         name=found["machine"]["device"],
         flops=rate,
         bandwidth=2 * 4 * rank * count / read,
-        memory=math.inf,
-        links=math.inf,
         product=seconds["products in a loop"] / order / seconds["gradient"],
     )
     row = {
@@ -280,8 +278,6 @@ def earlier() -> list[dict[str, Any]]:
         name=found["machine"]["device"],
         flops=samples * order / gpu["seconds"]["products"],  # in units of a product on a sample
         bandwidth=gpu["bandwidth"],
-        memory=math.inf,
-        links=math.inf,
         product=1.0,
     )
     return [

@@ -35,8 +35,8 @@ class Hardware:
       name: of the kind.
       flops: operations a second that a gradient reaches in float32, by JAX's default precision.
       bandwidth: bytes a second in which a stack of vectors is read.
-      memory: bytes that a device has; infinity where that is not known.
-      links: bytes a second of a device's links, in both directions together.
+      memory: bytes that a device has; infinity, the default, where that is not known.
+      links: bytes a second of a device's links, in both directions together; infinity for a single one.
       network: bytes a second that a host sends to others, or None where the links reach every device.
       per_host: devices that `links` join; beyond them `network` counts.
       axes: of a torus that the links make, or 0 for a switch.
@@ -52,8 +52,8 @@ class Hardware:
     name: str
     flops: float
     bandwidth: float
-    memory: float
-    links: float
+    memory: float = math.inf
+    links: float = math.inf
     network: float | None = None
     per_host: int | None = None
     axes: int = 0
