@@ -39,7 +39,7 @@ import optax
 import dho2_optax as dho2
 from benchmarks import compile, machine, networks, overhead, overlap
 from benchmarks.problems import FASHION_MNIST
-from dho2_optax import plan
+from dho2_optax import programs
 from dho2_optax.poc import data
 
 RANK = 8
@@ -177,7 +177,7 @@ def steps(network: networks.Network, name: str, scale: Scale) -> dict[str, Any]:
         },
         "compilation": {"trace and lower": lowering, "compile": compiling},
         "kernels": kernels(compiled.as_text()),
-        "bytes": plan.memory(compiled)._asdict(),
+        "bytes": programs.memory(compiled)._asdict(),
     }
 
 
@@ -231,9 +231,9 @@ def floors(network: networks.Network, scale: Scale) -> dict[str, Any]:
     )
     median = {name: statistics.median(values) for name, values in times.items()}
     speed = bandwidth(scale)
-    stack = plan.tree_bytes_per_device(always.state.spectrum.eigenvectors)
+    stack = programs.tree_bytes_per_device(always.state.spectrum.eigenvectors)
     vector = stack // RANK
-    moved = 4 * stack + 6 * plan.tree_bytes_per_device(params)
+    moved = 4 * stack + 6 * programs.tree_bytes_per_device(params)
     recurrence = made * (made + 1) * vector + made * vector + stack
     refresh = median["update with refresh"] - median["update"]
     return {
@@ -267,18 +267,18 @@ def kernels(text: str) -> dict[str, dict[str, int]]:
 
     "always" is what runs at every call, "loops" what a loop repeats, and "branches" what may be left out.
     """
-    instructions = list(plan._instructions(text))
+    instructions = list(programs._instructions(text))
     # What an operation other than control flow calls is a part of its kernel.
     inside, calls = set(), {}
     for computation, _, _, opcode, rest in instructions:
-        for callee, call in plan._calls(computation, opcode, rest):
+        for callee, call in programs._calls(computation, opcode, rest):
             calls.setdefault(callee, []).append(call)
             if opcode not in _CONTROL:
                 inside.add(callee)
     found: dict[str, Counter[str]] = {"always": Counter(), "loops": Counter(), "branches": Counter()}
     for computation, _, _, opcode, _ in instructions:
         if computation not in inside and opcode not in _NOT_STARTED and not opcode.endswith("-done"):
-            in_loop, in_branch, _ = plan._context(computation, calls)
+            in_loop, in_branch, _ = programs._context(computation, calls)
             found["branches" if in_branch else "loops" if in_loop else "always"][opcode] += 1
     return {where: {"total": sum(counts.values()), **counts} for where, counts in found.items()}
 

@@ -31,7 +31,7 @@ import optax
 
 import dho2_optax as dho2
 from benchmarks import machine, networks
-from dho2_optax import plan
+from dho2_optax import programs
 
 RESULTS = Path(__file__).parent / "results" / "compile.json"
 RANK = 8
@@ -134,7 +134,7 @@ def measure(leaves: int, name: str, repeats: int) -> dict[str, Any]:
         "seconds": seconds,
         "stablehlo_lines": len(lowered.as_text().splitlines()),
         "hlo_lines": len(optimized.splitlines()),
-        "hlo_instructions": sum(1 for _ in plan._instructions(optimized)),
+        "hlo_instructions": sum(1 for _ in programs._instructions(optimized)),
     }
 
 

@@ -40,7 +40,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import dho2_optax as dho2
 from benchmarks import machine, networks, shapes
-from dho2_optax import curvature, parallel, plan, segments
+from dho2_optax import curvature, parallel, programs, segments
 from dho2_optax.packing import Layout
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
@@ -201,7 +201,7 @@ def measure(case: Case, problem: Problem) -> dict[str, Any]:
     start = time.process_time()
     program, state = compiled(case, problem)
     num_params = shapes.num_params(problem.params)
-    needed = plan.memory(program)
+    needed = programs.memory(program)
     vector = 4 * num_params / case.devices
     basis = getattr(getattr(state, "probing", None), "process", None)
     parts = {
@@ -215,7 +215,7 @@ def measure(case: Case, problem: Problem) -> dict[str, Any]:
         **case._asdict(),
         "num_params": num_params,
         "memory": {**needed._asdict(), "total": needed.total},
-        "state": {name: plan.tree_bytes_per_device(part) for name, part in parts.items()},
+        "state": {name: programs.tree_bytes_per_device(part) for name, part in parts.items()},
         "stacks": _stacks(text, case, num_params),
         "collectives": _large(text, vector / 1000),
         "cost": {name: cost[name] for name in ("flops", "bytes accessed") if name in cost},
@@ -226,7 +226,7 @@ def measure(case: Case, problem: Problem) -> dict[str, Any]:
 def _large(text: str, least: float) -> list[dict[str, Any]]:
     """The collectives of at least so many bytes, and where: in every step, in a refresh or probe, in its loop."""
     found: dict[tuple[str, str, int, int], int] = {}
-    for one in plan.collectives(text):
+    for one in programs.collectives(text):
         if one.bytes >= least:
             where = "loop" if one.in_loop else "branch" if one.in_branch else "step"
             key = (one.op, where, one.bytes, one.group_size)

@@ -30,7 +30,7 @@ import optax
 
 import dho2_optax as dho2
 from benchmarks import machine
-from dho2_optax import curvature, plan, vectors
+from dho2_optax import curvature, programs, vectors
 from dho2_optax.packing import Layout
 
 SIZES = (784, 1024, 256, 10)
@@ -150,7 +150,7 @@ def measure(repeats: int) -> dict[str, Any]:
     one_pass = min(value for name, value in median.items() if name.startswith("read stack"))
     refresh = median["dho2 update with refresh"] - median["dho2 update"]
     metrics = dho2.metrics(always.state)
-    memory = plan.memory(always.compiled)
+    memory = programs.memory(always.compiled)
     return {
         "num_params": num_params,
         "batch_size": BATCH_SIZE,
@@ -172,7 +172,7 @@ def measure(repeats: int) -> dict[str, Any]:
             "goal": 1.2,
         },
         "bytes": {
-            "state": plan.tree_bytes_per_device(always.state),
+            "state": programs.tree_bytes_per_device(always.state),
             "state_formula": 4 * num_params * (RANK + 2),
             "temporaries": memory.temp,
             "temporaries_formula": 4 * num_params * (ORDER + RANK),

@@ -13,47 +13,26 @@ compiler's count of the bytes that they read and write), and divides by publishe
   that is lost.
 * Adam alone averages the gradient by one all-reduce and steps with its whole state on every chip, without a split.
 
-Speeds: https://cloud.google.com/tpu/docs/v5e, https://cloud.google.com/tpu/docs/v5p,
-https://cloud.google.com/tpu/docs/v6e. Which axes are rings, and the time of collectives:
-https://jax-ml.github.io/scaling-book/tpus and https://jax-ml.github.io/scaling-book/sharding.
+Speeds, and where they come from, are those of `dho2_optax.hardware`.
 """
 
 import argparse
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import memory
+from dho2_optax.hardware import HARDWARE, Hardware, exchange
+from dho2_optax.planner import last_that_pays
 
-UTILIZATION = 0.4
 PRODUCT = 2.0  # gradients on as many samples
 PART = 8  # products are made on one of so many parts of the batch
 INTERVAL = 50  # updates between two refreshes
 RANK = 8
 ORDER = 16
 DEVICES = (8, 16, 32, 64, 128, 256)
-PAYS = 1.5  # twice as many chips pay as long as steps become this many times faster
-
-
-class Chip(NamedTuple):
-    """Published speeds, per second."""
-
-    flops: float  # bf16
-    memory: float  # bytes
-    links: float  # bytes in both directions
-    ring: int  # an axis of a slice is a ring if its length is a multiple of this
-    slices: dict[int, tuple[int, ...]]
-
-
-_FLAT = {8: (4, 2), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
-_CUBES = {8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8)}
-CHIPS = {
-    "v5e": Chip(197e12, 819e9, 400e9, 16, _FLAT),
-    "v5p": Chip(459e12, 2765e9, 1200e9, 4, _CUBES),
-    "v6e": Chip(918e12, 1600e9, 800e9, 16, _FLAT),
-}
+CHIPS = {name: HARDWARE[name] for name in ("v5e", "v5p", "v6e")}
 
 
 class Work(NamedTuple):
@@ -84,14 +63,6 @@ class Prediction(NamedTuple):
         return self.step + self.refresh / INTERVAL
 
 
-def exchange(chip: Chip, devices: int, size: float) -> float:
-    """Seconds in which every chip gets `size` bytes of which all chips hold equal parts: an all-gather."""
-    axes = chip.slices[devices]
-    open_ended = sum(1 for length in axes if length % chip.ring)
-    speed = chip.links / 2 * (1 - open_ended / (2 * len(axes)))
-    return size * (devices - 1) / devices / speed
-
-
 class Programs(NamedTuple):
     """What the compiler says of the programs on 64 chips, in bytes."""
 
@@ -119,28 +90,19 @@ def programs(rows: Sequence[dict[str, Any]], model: str) -> Programs | None:
     )
 
 
-def predict(programs: Programs, flops: float, chip: Chip, devices: int) -> Prediction:
+def predict(programs: Programs, flops: float, chip: Hardware, devices: int) -> Prediction:
     """Seconds on a slice of so many chips."""
-    gradient = flops / devices / (UTILIZATION * chip.flops)
+    gradient = flops / devices / chip.flops
     averaged = exchange(chip, devices, 2 * programs.vector)
     share = programs.vector / devices
     # Adam reads parameters, gradient and two averages, and writes three of them.
-    adam = gradient + averaged + 7 * programs.vector / chip.memory
+    adam = gradient + averaged + 7 * programs.vector / chip.bandwidth
     split = 7 * (share - programs.vector / 64)  # what the programs of 64 chips would touch more, or less
-    step = gradient + averaged + (programs.update + split + 4 * RANK * share) / chip.memory
+    step = gradient + averaged + (programs.update + split + 4 * RANK * share) / chip.bandwidth
     step += exchange(chip, devices, programs.gathered)
     product = PRODUCT * gradient / PART + exchange(chip, devices, programs.exchanged)
-    product += (programs.product + 2 * ORDER * share) / chip.memory
+    product += (programs.product + 2 * ORDER * share) / chip.bandwidth
     return Prediction(adam, step, ORDER * product)
-
-
-def last_that_pays(means: dict[int, float]) -> int:
-    """The most chips up to which every doubling makes a step `PAYS` times faster."""
-    counts = sorted(means)
-    for few, many in itertools.pairwise(counts):
-        if means[few] < PAYS * means[many]:
-            return few
-    return counts[-1]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ from dho2_optax.monitor import get_spectrum as spectrum
 from dho2_optax.monitor import metrics
 from dho2_optax.options import BaseScale, Eigensolver, Newton, Split
 from dho2_optax.parallel import state_specs
+from dho2_optax.planner import plan
 from dho2_optax.roles import CurvatureGroup
 from dho2_optax.state import DHO2State
 from dho2_optax.streaming import value_grad_and_hvp
@@ -33,6 +34,7 @@ __all__ = [
     "lanczos",
     "metrics",
     "mr_dho2",
+    "plan",
     "relayout",
     "shampoo",
     "soap",

@@ -1,4 +1,4 @@
-"""The command line: `dho2-optax poc`.
+"""The command line: `dho2-optax poc` and `dho2-optax plan`.
 
 What needs the extra packages is imported only after the arguments have been read, and nothing
 touches a device before the number of virtual devices has been set.
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import jax
 
+from dho2_optax import plan_cli
 from dho2_optax._version import __version__
 from dho2_optax.poc import processes, system
 from dho2_optax.poc.optimizers import OPTIMIZERS, default_optimizers
@@ -92,10 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             try:
                 options = _parser().parse_args(arguments)
-                code = _poc(options, shlex.join(["dho2-optax", *arguments]))
+                if options.command == "plan":
+                    code = plan_cli.run(options, _start_devices)
+                else:
+                    code = _poc(options, shlex.join(["dho2-optax", *arguments]))
             finally:
                 sys.stdout.flush()
-        except _UsageError as error:
+        except (_UsageError, plan_cli.PlanError) as error:
             _complain(str(error))
             return _left(_EXIT_USAGE)
         except OSError as error:
@@ -192,6 +196,15 @@ def _parser() -> argparse.ArgumentParser:
         help=f"default {_CHECKPOINT_SECONDS:g}; Ctrl-C and SIGTERM leave a checkpoint too",
     )
     report.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    plan = commands.add_parser(
+        "plan",
+        help="say what curvature will cost: memory, bytes, seconds, and which form of refresh to take",
+        description="Predict what curvature costs on some devices, from shapes and speeds, and recommend rank, "
+        "interval and form of refresh for a budget of time. Trains nothing.",
+        epilog=_EXIT_CODES,
+        allow_abbrev=False,
+    )
+    plan_cli.add_options(plan)
     return parser
 
 

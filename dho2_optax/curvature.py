@@ -270,6 +270,16 @@ _AUTO_PART = 8  # products are made on one of so many parts of the batch
 _AUTO_LEAST = 128  # and on no fewer samples, over all devices
 
 
+def auto_size(length: int, num_devices: int) -> int:
+    """On how many of a device's `length` samples products are made by default; it may be more than there are.
+
+    Example:
+      >>> auto_size(2000, 1), auto_size(250, 8)
+      (250, 31)
+    """
+    return max(length // _AUTO_PART, -(-_AUTO_LEAST // num_devices))
+
+
 def part_size(batch: Batch, batch_size: BatchSize, axis_name: str | None) -> int | None:
     """On how many samples of a batch products are made; None: on all of them.
 
@@ -293,7 +303,7 @@ def part_size(batch: Batch, batch_size: BatchSize, axis_name: str | None) -> int
         return None
     num_devices = 1 if axis_name is None else segments.bound_axis_size(axis_name) or 1
     (length,) = lengths
-    size = max(length // _AUTO_PART, -(-_AUTO_LEAST // num_devices))
+    size = auto_size(length, num_devices)
     shards = _leading_shards(sampled)
     size = -(-size // shards) * shards
     return size if size < length else None

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dho2_optax import arguments, counters, plan, segments
+from dho2_optax import arguments, counters, programs, segments
 from dho2_optax import curvature as curvature_lib
 from dho2_optax.curvature import BatchSize, LossFn, Operator
 from dho2_optax.eigensolver import Spectrum, zero_spectrum
@@ -357,12 +357,12 @@ class CurvatureGroup:
             "busy_seconds": self._busy_seconds,
         }
 
-    def memory(self, params: Any, batch: Any) -> plan.Memory:
+    def memory(self, params: Any, batch: Any) -> programs.Memory:
         """What the Lanczos program needs on each device of the group, for parameters and a batch like these.
 
         A metric adds its factors, old and new, as they are on every device.
         """
-        return plan.memory(self._compile(params, batch, None))
+        return programs.memory(self._compile(params, batch, None))
 
     def warm_up(self, state: Any, params: Any, batch: Any) -> None:
         """Compiles everything ahead of its use, for arguments like those of :meth:`advance`; changes nothing."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from dho2_optax import plan
+from dho2_optax import programs
 from dho2_optax.packing import Layout
 
 AXIS = "data"
@@ -133,14 +133,14 @@ def collectives_beside_a_branch(hlo: str) -> list[tuple[str, str]]:
     A device may then be in the one while another is in the other, and they wait for each other for ever.
     """
     computations: dict[str, list[tuple[str, str, list[str], list[str]]]] = {}
-    for computation, name, _, opcode, rest in plan._instructions(hlo):
-        called = [callee for callee, _ in plan._calls(computation, opcode, rest)]
+    for computation, name, _, opcode, rest in programs._instructions(hlo):
+        called = [callee for callee, _ in programs._calls(computation, opcode, rest)]
         line = (name, opcode, re.findall(r"%([\w.\-]+)", rest), called)
         computations.setdefault(computation, []).append(line)
 
     def communicates(opcode: str, called: list[str]) -> bool:
         inside = (communicates(line[1], line[3]) for callee in called for line in computations.get(callee, []))
-        return opcode.removesuffix("-start").removesuffix("-done") in plan._COLLECTIVES or any(inside)
+        return opcode.removesuffix("-start").removesuffix("-done") in programs._COLLECTIVES or any(inside)
 
     found = []
     for lines in computations.values():

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import dho2_optax as dho2
-from benchmarks import accelerator, bounds, compile, hostile, machine, memory, networks, scale, shapes, soak
+from benchmarks import accelerator, bounds, compile, hostile, machine, memory, networks, plan, scale, shapes, soak
 from benchmarks.target import methods, report, safeguards, tasks, training
 from benchmarks.target.equations import EQUATIONS, relative_error
 from benchmarks.target.interface import Method, Setting, Trainer
@@ -748,14 +748,6 @@ def test_tpu_programs_are_read_without_a_tpu(monkeypatch):
     assert max(stack["padded"] for stack in row["stacks"]) < 1.3
 
 
-def test_an_all_gather_takes_as_long_as_the_links_of_a_chip_need():
-    chip = scale.CHIPS["v5e"]
-    assert scale.exchange(chip, 256, 200e9) == pytest.approx(255 / 256)  # two rings, one direction
-    assert scale.exchange(chip, 128, 200e9) == pytest.approx(127 / 128 / 0.75)  # one ring
-    assert scale.exchange(chip, 64, 200e9) == pytest.approx(63 / 64 / 0.5)
-    assert scale.exchange(scale.CHIPS["v5p"], 64, 600e9) == pytest.approx(63 / 64)
-
-
 def _tpu_rows(num_params):
     vector = 4 * num_params
     gather = {"op": "all-gather", "bytes": vector, "count": 1}
@@ -774,19 +766,13 @@ def test_predicted_times_are_work_and_memory_and_communication():
     assert scale.programs(rows[:2], "resnet50") is None
     found = scale.programs(rows, "resnet50")
     assert found == scale.Programs(4e6, 40e6, 24e6, 4e6, 8e6)
-    chip = scale.CHIPS["v5e"]._replace(links=math.inf, memory=math.inf)
-    work = scale.predict(found, 64 * scale.UTILIZATION * chip.flops, chip, 64)
+    chip = dataclasses.replace(scale.CHIPS["v5e"], links=math.inf, bandwidth=math.inf)
+    work = scale.predict(found, 64 * chip.flops, chip, 64)
     assert work == pytest.approx((1, 1, 4))  # 16 products, on an eighth of the batch, of twice the work
     assert work.mean == pytest.approx(1.08)
-    idle = scale.predict(found, 0.0, scale.CHIPS["v5e"]._replace(links=math.inf), 64)
+    idle = scale.predict(found, 0.0, dataclasses.replace(scale.CHIPS["v5e"], links=math.inf), 64)
     assert idle == pytest.approx(tuple(x / 819e9 for x in (28e6, 40e6 + 2e6, 16 * (24e6 + 2e6))))
     assert scale.table(rows).count("| v5e |") == len(scale.DEVICES)
-
-
-def test_chips_pay_until_doubling_them_no_longer_helps():
-    assert scale.last_that_pays({8: 8.0, 16: 4.5, 32: 3.0, 64: 2.5}) == 32
-    assert scale.last_that_pays({8: 8.0, 16: 7.5}) == 8
-    assert scale.last_that_pays({8: 8.0, 16: 4.0}) == 16
 
 
 def test_without_programs_nothing_is_predicted(tmp_path, monkeypatch, capsys):
@@ -797,6 +783,24 @@ def test_without_programs_nothing_is_predicted(tmp_path, monkeypatch, capsys):
             scale.main()
         assert stopped.value.code == 2
         assert "python -m benchmarks.memory" in capsys.readouterr().err
+
+
+def test_predictions_stand_beside_what_was_measured():
+    results = json.loads(plan.RESULTS.read_text())
+    assert len(results["memory"]) >= 18
+    for row in results["memory"]:
+        assert plan.predicted_memory(row) == pytest.approx(row["measured"], rel=0.05)
+    for row in [*results["times"], *plan.earlier()]:
+        said = plan.predicted(row)
+        assert all(0 < said[name] < math.inf for name in ("update", "refresh"))
+    assert plan.table(results).count("\n| ") == len(results["memory"]) + len(results["times"]) + 6
+
+
+@pytest.mark.slow
+def test_an_update_and_a_refresh_are_timed():
+    row = plan.timed(plan.Case((16, 24, 8), 64, 2, 4, 2), 1, time.process_time)
+    assert row["measured"]["update"] > 0
+    assert plan.predicted(json.loads(json.dumps(row)))["update"] > 0
 
 
 # The long run.

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import importlib.util
 import json
@@ -9,10 +10,12 @@ import sys
 import threading
 import time
 
+import jax
 import pytest
 
+import dho2_optax as dho2
 from dho2_optax import cli
-from dho2_optax.poc import report, runner
+from dho2_optax.poc import data, report, runner, tasks
 
 TASK_MODULE = """
 import dataclasses
@@ -276,7 +279,76 @@ def test_the_help_names_every_optimizer_and_the_defaults(capsys, monkeypatch):
         assert default in said
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["poc", "--help"]])
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "one of the arguments --model --params --shapes is required"),
+        (["--params", "0"], "expected a whole number of at least 1, got '0'"),
+        (["--params", "many"], "expected a whole number of at least 1, got 'many'"),
+        (["--params", "5", "--shapes", "3x4"], "argument --shapes: not allowed with argument --params"),
+        (["--shapes", "3x4,x"], "expected shapes such as 784x1024,1024, got 'x'"),
+        (["--shapes", "3x0"], "expected shapes such as 784x1024,1024, got '3x0'"),
+        (["--model", "vgg"], "unknown model 'vgg': choose from pinn"),
+        (["--params", "5"], "`hardware` must be given on cpu"),
+        (["--params", "5", "--hardware", "gtx"], "--hardware gtx: choose from v5e"),
+        (["--params", "5", "--hardware", "h100", "--network", "slow"], "expected 10gbit, 25gbit, 100gbit or bytes"),
+        (["--params", "5", "--hardware", "h100", "--devices", "0"], "`devices` must be positive, got 0"),
+        (["--params", "5", "--hardware", "h100", "--devices", "16"], "`network` must be given for 16 devices"),
+        (["--params", "5", "--hardware", "h100", "--rank", "0"], "`rank` must be positive, got 0"),
+        (["--params", "5", "--hardware", "h100", "--rank", "two"], "argument --rank: invalid int value: 'two'"),
+        (["--params", "5", "--hardware", "h100", "--order", "-1"], "`order` must be positive, got -1"),
+        (["--params", "5", "--hardware", "h100", "--interval", "0"], "`interval` must be positive, got 0"),
+        (["--params", "5", "--hardware", "h100", "--curvature-devices", "1"], "`curvature_devices` must be fewer than"),
+        (["--params", "5", "--hardware", "h100", "--budget", "2"], "`budget` must be below 1, got 2.0"),
+        (["--params", "5", "--hardware", "h100", "--budget", "nan"], "`budget` must be positive, got nan"),
+        (["--params", "5", "--measure", "--devices", "65"], "at most 64 virtual CPU devices"),
+        (["--params", "5", "--measure", "--devices", "2", "--batch-size", "3"], "multiple of the 2 devices, got 3"),
+        (["--params", "5", "--hardware", "h100", "--sample-bytes", "-1"], "`sample_bytes` must be non-negative"),
+    ],
+)
+def test_bad_arguments_of_a_plan_are_one_line_and_exit_code_2(capsys, arguments, complaint):
+    assert cli.main(["plan", *arguments]) == 2
+    said = capsys.readouterr()
+    assert complaint in said.err
+    assert (said.out, said.err.count("\n")) == ("", 1)
+
+
+def test_a_plan_is_printed_as_tables_or_as_json(capsys):
+    arguments = ["plan", "--shapes", "784x1024,1024,1024x10,10", "--devices", "4", "--hardware", "h100"]
+    arguments += ["--batch-size", "512", "--rank", "4", "--order", "10", "--interval", "20", "--budget", "0.9"]
+    arguments += ["--curvature-batch", "64", "--sample-flops", "1e9", "--curvature-devices", "2"]
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr().out
+    for text in ("814,090 in 4 arrays", "4, 10, 20", "64 of 512 samples", "forms of refresh", "streaming", "2 + 2"):
+        assert text in said
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    shapes = [(784, 1024), (1024,), (1024, 10), (10,)]
+    options = {"batch_size": 512, "devices": 4, "hardware": "h100", "rank": 4, "order": 10, "interval": 20}
+    options |= {"budget": 0.9, "curvature_batch": 64, "sample_flops": 1e9, "curvature_devices": 2}
+    assert found == json.loads(json.dumps(dataclasses.asdict(dho2.plan(shapes, **options))))
+
+
+def test_a_plan_for_a_model_takes_its_parameters_work_and_defaults(capsys):
+    assert cli.main(["plan", "--model", "mlp", "--hardware", "a100", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    task = tasks.from_dataset("mlp", data.load("digits"))
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    assert found["num_leaves"] == len(jax.tree.leaves(params))
+    assert found["num_params"] == sum(x.size for x in jax.tree.leaves(params))
+    assert (found["rank"], found["interval"]) == (task.rank, task.refresh_interval)
+    assert found["batch_size"] == task.batch_size
+
+
+def test_a_plan_may_measure_this_machine(capsys):
+    arguments = ["plan", "--shapes", "64x32,32", "--measure", "--hardware", "v5e", "--devices", "2", "--json"]
+    assert cli.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["hardware"], found["devices"]) == ("cpu", 2)
+    assert found["base_seconds"] > 0
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["poc", "--help"], ["plan", "--help"]])
 def test_the_help_lists_the_exit_codes(capsys, monkeypatch, arguments):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit, match="0"):
@@ -286,7 +358,7 @@ def test_the_help_lists_the_exit_codes(capsys, monkeypatch, arguments):
         assert code in said
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["poc", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["poc", "--help"], ["plan", "--help"], ["--version"]])
 def test_help_and_version(capsys, arguments):
     with pytest.raises(SystemExit, match="0"):
         cli.main(arguments)

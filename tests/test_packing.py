@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dho2_optax import plan, segments, vectors
+from dho2_optax import programs, segments, vectors
 from dho2_optax.packing import Layout, of_buffers
 from tests.helpers import AXIS, SPLITTING, count_instructions, flat, make_mesh, on_devices
 
@@ -261,7 +261,7 @@ def test_a_leaf_that_does_not_vary_is_its_own_mean(num_devices, how):
     if how == "shard_map":  # only there it is known what varies
         np.testing.assert_array_equal(found["large"][:3], large)
         nothing = on_devices(lambda whole, _: Layout(whole, AXIS).mean(whole), num_devices, how)
-        assert not plan.collectives(nothing.lower(whole, local).compile())
+        assert not programs.collectives(nothing.lower(whole, local).compile())
 
 
 def test_what_varies_is_known_where_it_is_tracked():

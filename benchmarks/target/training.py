@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.target.interface import Method, Setting, Trainer
 from benchmarks.target.tasks import Target
-from dho2_optax import plan
+from dho2_optax import programs
 
 POINTS = 20  # of a loss curve, besides the start
 DIVERGED = 10.0  # times the initial loss
@@ -77,7 +77,7 @@ class Program:
         """Bytes that a compiled step holds at once: its carry and batch, and temporaries; None if it is not ours."""
         if self._own is not None:
             return None
-        return plan.memory(self._step.lower(rate, num_steps, carry, batch).compile()).total
+        return programs.memory(self._step.lower(rate, num_steps, carry, batch).compile()).total
 
 
 class Evaluation:

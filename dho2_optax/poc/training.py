@@ -1,4 +1,4 @@
-"""One run: compile a training step, read its plan, run it, time every step."""
+"""One run: compile a training step, read its program, run it, time every step."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import dho2_optax
-from dho2_optax import plan
+from dho2_optax import programs
 from dho2_optax.poc import processes, system
 from dho2_optax.poc.optimizers import OPTIMIZERS, Context
 from dho2_optax.poc.saving import Checkpoints
@@ -351,12 +351,12 @@ def _counters(state: Any) -> dict[str, jax.Array]:
 
 
 def _footprint(step: Any, params: Any, state: Any, *, hybrid: bool, curvature_device: int | None) -> Footprint:
-    memory = plan.memory(step)
-    state_bytes = plan.tree_bytes_per_device(state)
-    base_bytes = plan.tree_bytes_per_device(state.base_state) if hybrid else state_bytes
+    memory = programs.memory(step)
+    state_bytes = programs.tree_bytes_per_device(state)
+    base_bytes = programs.tree_bytes_per_device(state.base_state) if hybrid else state_bytes
     per_step = per_matvec = 0.0
     in_branches: dict[str, float] = {}
-    for operation in plan.collectives(step):
+    for operation in programs.collectives(step):
         traffic = operation.traffic * (1 if operation.trips is None else operation.trips)
         if not operation.in_branch:
             per_step += traffic
@@ -370,7 +370,7 @@ def _footprint(step: Any, params: Any, state: Any, *, hybrid: bool, curvature_de
         per_step += least
         in_branches |= {name: in_branches[name] - least for name in branches if least}
     return Footprint(
-        parameters=plan.tree_bytes_per_device(params),
+        parameters=programs.tree_bytes_per_device(params),
         base_state=base_bytes,
         curvature_state=state_bytes - base_bytes,
         temporaries=memory.temp,

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
-from dho2_optax import plan
+from dho2_optax import programs
 from tests.multidevice import problems, situations
 
 RANK = 8
@@ -80,7 +80,7 @@ def _in_shard_map(average_gradients):
 
 def _large(compiled):
     """Collectives on more than `SMALL` numbers, as (operation, in the refresh or not)."""
-    operations = plan.collectives(compiled)
+    operations = programs.collectives(compiled)
     # A refresh is a branch of the step; its matvecs are a loop in that branch.
     return sorted(
         (found.op, "matvec" if found.in_loop else "refresh" if found.in_branch else "step")
@@ -119,7 +119,7 @@ def test_a_whole_leaf_base_costs_one_more_all_gather():
 def test_inner_products_are_a_few_numbers():
     small = [
         found
-        for found in plan.collectives(_in_shard_map(average_gradients=True))
+        for found in programs.collectives(_in_shard_map(average_gradients=True))
         if sum(np.prod(array.shape) for array in found.arrays) <= SMALL
     ]
     assert {found.op for found in small} == {"all-reduce"}
@@ -142,7 +142,7 @@ def test_eigenvectors_and_base_state_fall_with_the_number_of_devices():
         # The shardings are those of the compiled program's outputs.
         shapes = jax.tree.map(_shard_shape, state, compiled.output_shardings[1])
         bytes_of[num_devices] = [
-            plan.tree_bytes_per_device(part) for part in (shapes.spectrum.eigenvectors, shapes.base_state)
+            programs.tree_bytes_per_device(part) for part in (shapes.spectrum.eigenvectors, shapes.base_state)
         ]
     for one, eight in zip(bytes_of[1], bytes_of[8], strict=True):
         assert one >= 4 * NUM_PARAMS
@@ -158,7 +158,7 @@ def test_krylov_basis_falls_with_the_number_of_devices():
 
     def bytes_per_row(num_devices):
         compiled = [_on_mesh(num_devices, order, num_inputs=num_inputs)[0] for order in (64, 64 + rows)]
-        small, large = (plan.memory(program).temp for program in compiled)
+        small, large = (programs.memory(program).temp for program in compiled)
         return (large - small) / rows
 
     one, eight = bytes_per_row(1), bytes_per_row(8)
@@ -169,7 +169,7 @@ def test_krylov_basis_falls_with_the_number_of_devices():
 @pytest.mark.parametrize("num_devices", [1, 8])
 def test_a_donated_state_is_updated_in_place(num_devices):
     compiled, _ = _on_mesh(num_devices)
-    needed = plan.memory(compiled)
+    needed = programs.memory(compiled)
     stack = 4 * RANK * NUM_PARAMS / num_devices
     assert needed.alias >= stack
     # Krylov basis of 16 rows, Ritz vectors of 8, and some vectors; a copy of the state would be 8 rows more.
@@ -238,7 +238,7 @@ def test_on_a_mesh_only_a_probe_gathers_the_vector_and_averages_the_product():
     found = _large(compiled)
     assert [x for x in found if x[1] == "step"] == [("all-gather", "step")]
     assert [x for x in found if x[0] != "all-gather"] == [("all-reduce", "refresh")] * 2
-    in_branches = [x for x in plan.collectives(compiled) if x.in_branch]
+    in_branches = [x for x in programs.collectives(compiled) if x.in_branch]
     gathered = sum(x.bytes for x in in_branches if x.op == "all-gather")
     reduced = sorted(x.bytes for x in in_branches if x.op == "all-reduce")[-2:]
     # The compiler gathers a leaf in two stages: among neighbours, and among groups of them.
@@ -248,7 +248,8 @@ def test_on_a_mesh_only_a_probe_gathers_the_vector_and_averages_the_product():
 
 def test_the_krylov_basis_in_the_state_falls_with_the_number_of_devices():
     one, eight = (
-        plan.tree_bytes_per_device(_streaming("mesh", num_devices)[1].probing.process.basis) for num_devices in (1, 8)
+        programs.tree_bytes_per_device(_streaming("mesh", num_devices)[1].probing.process.basis)
+        for num_devices in (1, 8)
     )
     assert one >= 16 * 4 * NUM_PARAMS
     assert eight <= one / 7.5
@@ -257,7 +258,7 @@ def test_the_krylov_basis_in_the_state_falls_with_the_number_of_devices():
 @pytest.mark.parametrize("num_devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_the_krylov_basis_is_extended_in_place(num_devices):
     """Temporaries do not grow with it."""
-    small, large = (plan.memory(_streaming("mesh", num_devices, order)[0]) for order in (16, 80))
+    small, large = (programs.memory(_streaming("mesh", num_devices, order)[0]) for order in (16, 80))
     row = 4 * NUM_PARAMS / num_devices
     assert large.alias - small.alias >= 64 * row
     assert large.temp - small.temp <= 2 * row

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
-from dho2_optax import packing, plan
+from dho2_optax import packing, programs
 from tests.multidevice.situations import train
 from tests.multidevice.test_equivalence import assert_same_params
 
@@ -102,7 +102,7 @@ def _weights_gathered(compiled, where):
     """How often arrays of which shape are gathered, activations and small ones left out."""
     return Counter(
         tuple(sorted(array.shape))
-        for found in plan.collectives(compiled)
+        for found in programs.collectives(compiled)
         for array in found.arrays
         if found.op == "all-gather"
         and where(found)

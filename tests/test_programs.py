@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dho2_optax import plan
+from dho2_optax import programs
 
 
 @pytest.fixture
@@ -30,19 +30,19 @@ def _gather_and_scatter(x):
 
 
 def test_each_collective_has_its_bytes_and_its_ring_traffic(mesh):
-    found = plan.collectives(_compile(_gather_and_scatter, mesh, (64,)))
+    found = programs.collectives(_compile(_gather_and_scatter, mesh, (64,)))
     assert [(c.op, c.bytes, c.traffic, c.group_size) for c in found] == [
         ("all-gather", 256, 192.0, 4),
         ("reduce-scatter", 64, 192.0, 4),
     ]
-    assert found[0].arrays == (plan.Array((64,), "f32"),)
+    assert found[0].arrays == (programs.Array((64,), "f32"),)
     assert not any(c.in_loop or c.in_branch for c in found)
     assert [c.trips for c in found] == [1, 1]
 
 
 def test_an_all_reduce_sends_twice_what_an_all_gather_does(mesh):
     compiled = _compile(lambda x: jax.lax.psum(x, "data"), mesh, (64,))
-    [found] = plan.collectives(compiled)
+    [found] = programs.collectives(compiled)
     assert (found.op, found.bytes, found.traffic) == ("all-reduce", 64, 96.0)
 
 
@@ -50,7 +50,7 @@ def test_a_collective_in_a_loop_of_known_length_is_counted(mesh):
     def body(x):
         return jax.lax.fori_loop(0, 5, lambda _, y: _gather_and_scatter(y), x)
 
-    found = plan.collectives(_compile(body, mesh, (64,)))
+    found = programs.collectives(_compile(body, mesh, (64,)))
     assert {c.op for c in found} == {"all-gather", "reduce-scatter"}
     for c in found:
         assert c.in_loop
@@ -69,7 +69,7 @@ def test_a_collective_in_a_branch_and_a_loop_of_unknown_length(mesh):
 
         return jax.lax.cond(n > 3, refresh, lambda y: y, jax.lax.psum(x, "data"))
 
-    found = plan.collectives(_compile(body, mesh, (64,), ()))
+    found = programs.collectives(_compile(body, mesh, (64,), ()))
     always = [c for c in found if not c.in_branch]
     assert [c.op for c in always] == ["all-reduce"]
     refresh = [c for c in found if c.in_branch]
@@ -98,21 +98,21 @@ ENTRY %main (p: bf16[4,2], q: f32[3]) -> f32[] {
   ROOT %r = f32[] get-tuple-element(%ar), index=0
 }
 """
-    found = plan.collectives(text)
+    found = programs.collectives(text)
     assert [(c.op, c.bytes, c.group_size) for c in found] == [
         ("all-gather", 64, 4),
         ("all-reduce", 16, 8),
         ("collective-permute", 12, 8),
         ("all-to-all", 64, 2),
     ]
-    assert found[1].arrays == (plan.Array((), "f32"), plan.Array((3,), "f32"))
+    assert found[1].arrays == (programs.Array((), "f32"), programs.Array((3,), "f32"))
     assert {c.computation for c in found} == {"main"}
 
 
 def test_memory_counts_donated_buffers_once():
     x = jax.ShapeDtypeStruct((1024,), jnp.float32)
-    kept = plan.memory(jax.jit(lambda x: x + 1).lower(x).compile())
-    donated = plan.memory(jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile())
+    kept = programs.memory(jax.jit(lambda x: x + 1).lower(x).compile())
+    donated = programs.memory(jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile())
     assert (kept.argument, kept.output, kept.alias) == (4096, 4096, 0)
     assert donated.alias == 4096
     assert kept.total - donated.total == 4096
@@ -124,7 +124,7 @@ def test_memory_of_a_backend_that_does_not_tell():
             return None
 
     with pytest.raises(ValueError, match="does not report"):
-        plan.memory(Silent())
+        programs.memory(Silent())
 
 
 def test_tree_bytes_follow_the_sharding(mesh):
@@ -137,4 +137,4 @@ def test_tree_bytes_follow_the_sharding(mesh):
         "host": np.ones(2, np.float64),
         "number": 1.0,
     }
-    assert plan.tree_bytes_per_device(tree) == 24 + 4 + 5 + 8 + 16 + 8
+    assert programs.tree_bytes_per_device(tree) == 24 + 4 + 5 + 8 + 16 + 8

@@ -116,8 +116,8 @@ def collectives(compiled: Any) -> list[Collective]:
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from dho2_optax import plan
-      >>> plan.collectives(jax.jit(jnp.sum).lower(jnp.ones(8)).compile())
+      >>> from dho2_optax import programs
+      >>> programs.collectives(jax.jit(jnp.sum).lower(jnp.ones(8)).compile())
       []
       >>> text = '''HloModule jit_f, num_partitions=4
       ...
@@ -125,7 +125,7 @@ def collectives(compiled: Any) -> list[Collective]:
       ...   %p = f32[2]{0} parameter(0)
       ...   ROOT %gathered = f32[8]{0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
       ... }'''
-      >>> [operation] = plan.collectives(text)
+      >>> [operation] = programs.collectives(text)
       >>> operation.op, operation.bytes, operation.traffic, operation.in_loop
       ('all-gather', 32, 24.0, False)
     """
@@ -170,8 +170,8 @@ def memory(compiled: Any) -> Memory:
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from dho2_optax import plan
-      >>> needed = plan.memory(jax.jit(jnp.sin).lower(jnp.ones(256)).compile())
+      >>> from dho2_optax import programs
+      >>> needed = programs.memory(jax.jit(jnp.sin).lower(jnp.ones(256)).compile())
       >>> needed.argument, needed.output, needed.alias
       (1024, 1024, 0)
       >>> needed.total == 2048 + needed.temp
@@ -200,8 +200,8 @@ def tree_bytes_per_device(tree: Any) -> int:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from dho2_optax import plan
-      >>> plan.tree_bytes_per_device({"w": jnp.ones((4, 8)), "b": jnp.ones(8, jnp.bfloat16)})
+      >>> from dho2_optax import programs
+      >>> programs.tree_bytes_per_device({"w": jnp.ones((4, 8)), "b": jnp.ones(8, jnp.bfloat16)})
       144
     """
     total = 0
