@@ -134,7 +134,7 @@ def density(
     axes.plot(points, values, **{"color": COLOURS[0], "linewidth": 1.4, **look})
     peak = np.min(weights[counts]) / len(weights) / (width * math.sqrt(2 * math.pi))
     axes.set_yscale("log")
-    axes.set_ylim(bottom=max(peak / 100, 1e-9 * np.max(values)))
+    axes.set_ylim(max(peak / 100, 1e-9 * np.max(values)), 3 * np.max(values))
     axes.set(xlabel="eigenvalue", ylabel="density")
     return axes
 

@@ -24,7 +24,7 @@ _VALUES = {
 }
 
 
-def _scalars(folder):
+def scalars(folder):
     """(name, step, value) of all event files, and the steps at which a run was taken up."""
     found, taken_up = [], []
     for path in sorted(folder.glob("events.out.tfevents.*")):
@@ -84,7 +84,7 @@ def test_scalars_for_tensorboard(tmp_path):
     with TensorBoard(tmp_path / "run") as writer:
         writer.write(0, _VALUES)
         writer.write(7, {"loss": 0.25})
-    found, taken_up = _scalars(tmp_path / "run")
+    found, taken_up = scalars(tmp_path / "run")
     assert found == [
         ("loss", 0, 0.5),
         ("half", 0, 1.5),
@@ -97,7 +97,7 @@ def test_scalars_for_tensorboard(tmp_path):
     assert taken_up == []
     with TensorBoard(tmp_path / "run", from_step=5) as writer:
         writer.write(5, {"loss": 0.75})
-    assert _scalars(tmp_path / "run")[1] == [5]
+    assert scalars(tmp_path / "run")[1] == [5]
 
 
 @pytest.mark.parametrize("make", [lambda folder: JSONLines(folder / "a.jsonl"), TensorBoard], ids=["json", "board"])
