@@ -40,7 +40,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import dho2_optax as dho2
 from benchmarks import machine, networks, shapes
-from dho2_optax import curvature, parallel, programs, segments
+from dho2_optax import curvature, parallel, plots, programs, segments
 from dho2_optax.packing import Layout
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
@@ -447,7 +447,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for one, panel in zip(axes, panels, strict=True):
         _panel(one, rows, *panel)
-    axes[0].set_ylabel("MiB on each device")
+    axes[0].set_ylabel("bytes on each device")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)
 
@@ -455,30 +455,27 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def _panel(axes: Any, rows: Sequence[dict[str, Any]], model: str, platform: str) -> None:
     chosen = [row for row in rows if (row["model"], row["platform"], row["rank"]) == (model, platform, 8)]
     devices = sorted({row["devices"] for row in chosen})
-    vector = 4 * shapes.num_params(shapes.MODELS[model]()) / 2**20
+    vector = 4 * shapes.num_params(shapes.MODELS[model]())
+    sizes: dict[str, dict[int, float]] = {}
+    looks: dict[str, dict[str, Any]] = {}
     for method, colour in (("dho2", "C0"), ("mr_dho2", "C1")):
-        totals = {row["devices"]: row["memory"]["total"] / 2**20 for row in chosen if row["method"] == method}
+        sizes[f"update with {method}"] = {r["devices"]: r["memory"]["total"] for r in chosen if r["method"] == method}
         shares = {n: curvature_share(rows, Case(model, platform, n, method, 8)) for n in devices}
-        axes.plot(*_sorted(totals), "s--", color=colour, markersize=4, label=f"update with {method}")
-        known = {n: share / 2**20 for n, share in shares.items() if share}
-        axes.plot(*_sorted(known), "o-", color=colour, label=f"curvature in {method}")
+        sizes[f"curvature in {method}"] = {n: share for n, share in shares.items() if share}
+        looks[f"update with {method}"] = {"marker": "s", "linestyle": "--", "color": colour, "markersize": 4}
+        looks[f"curvature in {method}"] = {"color": colour}
     held = vectors_held("dho2", 8)
-    ideal = {n: held * vector / n for n in devices}
-    axes.plot(*_sorted(ideal), ":", color="black", label=f"{held} vectors, divided by the devices")
-    totals = {row["devices"]: row["memory"]["total"] / 2**20 for row in chosen if row["method"] == "product"}
-    axes.plot(*_sorted(totals), "s--", color="0.5", markersize=4, label="update with Adam and Hessian products")
+    design, products = f"{held} vectors, divided by the devices", "update with Adam and Hessian products"
+    sizes[design] = {n: held * vector / n for n in devices}
+    looks[design] = {"marker": "", "linestyle": ":", "color": "black"}
+    sizes[products] = {r["devices"]: r["memory"]["total"] for r in chosen if r["method"] == "product"}
+    looks[products] = {"marker": "s", "linestyle": "--", "color": "0.5", "markersize": 4}
+    plots.memory(sizes, axes, looks=looks, ideal=False)
     axes.axhline(8 * vector, color="C3", linestyle="-.", label="eigenvectors, whole on each device")
-    axes.set(xscale="log", yscale="log", xlabel="devices")
-    axes.set_xticks(devices, [str(n) for n in devices])
-    axes.minorticks_off()
+    axes.set(xlabel="devices", ylabel="")
     where = "virtual CPU devices" if platform == "cpu" else f"TPU {platform}"
     axes.set_title(f"{model}, rank 8, order 16, {where}", fontsize=10)
     axes.grid(alpha=0.3)
-
-
-def _sorted(points: dict[int, float]) -> tuple[list[int], list[float]]:
-    counts = sorted(points)
-    return counts, [points[n] for n in counts]
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Hybrid-order optimization as an optax transformation, with curvature split over devices."""
 
 from dho2_optax._version import __version__
+from dho2_optax.alarms import alarms
 from dho2_optax.checkpoints import relayout
 from dho2_optax.curvature import gauss_newton, hessian
+from dho2_optax.density import Density, spectral_density
 from dho2_optax.eigensolver import Spectrum, lanczos
 from dho2_optax.kronecker import shampoo, soap
 from dho2_optax.metric import Metric
 from dho2_optax.monitor import get_spectrum as spectrum
-from dho2_optax.monitor import metrics
+from dho2_optax.monitor import metrics, orthogonality_error
 from dho2_optax.options import BaseScale, Eigensolver, Newton, Split
 from dho2_optax.parallel import state_specs
 from dho2_optax.planner import plan
@@ -20,6 +22,7 @@ __all__ = [
     "BaseScale",
     "CurvatureGroup",
     "DHO2State",
+    "Density",
     "Eigensolver",
     "Metric",
     "MultiSteps",
@@ -27,6 +30,7 @@ __all__ = [
     "Spectrum",
     "Split",
     "__version__",
+    "alarms",
     "dho2",
     "fosi",
     "gauss_newton",
@@ -34,10 +38,12 @@ __all__ = [
     "lanczos",
     "metrics",
     "mr_dho2",
+    "orthogonality_error",
     "plan",
     "relayout",
     "shampoo",
     "soap",
+    "spectral_density",
     "spectrum",
     "state_specs",
     "value_grad_and_hvp",

@@ -26,6 +26,7 @@ from dho2_optax.poc import processes, system
 from dho2_optax.poc.optimizers import OPTIMIZERS, default_optimizers
 
 if TYPE_CHECKING:
+    from dho2_optax.poc.recording import Recorder
     from dho2_optax.poc.results import Results
     from dho2_optax.poc.runner import Settings
     from dho2_optax.poc.tasks import Task
@@ -59,6 +60,8 @@ class _Plan(NamedTuple):
     settings: "Settings"
     tasks: "list[Task]"
     checkpoint_every: float | None
+    metrics: Path | None
+    tensorboard: Path | None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -194,6 +197,15 @@ def _parser() -> argparse.ArgumentParser:
         type=_seconds,
         metavar="SECONDS",
         help=f"default {_CHECKPOINT_SECONDS:g}; Ctrl-C and SIGTERM leave a checkpoint too",
+    )
+    report.add_argument(
+        "--metrics",
+        type=Path,
+        metavar="FILE",
+        help="write loss, seconds and curvature of every update there as JSON lines, while it runs",
+    )
+    report.add_argument(
+        "--tensorboard", type=Path, metavar="DIR", help="write them there for TensorBoard, a folder for each run"
     )
     report.add_argument("--quiet", action="store_true", help="print nothing but errors")
     plan = commands.add_parser(
@@ -331,14 +343,19 @@ def _poc(options: argparse.Namespace, command: str) -> int:
     out = contextlib.nullcontext(options.out)
     if first:
         out = _output_folder(options.out, overwrite=options.overwrite, resume=options.resume)
-    with out as folder:
+    with out as folder, contextlib.ExitStack() as stack:
         earlier = None
         if plan is None:
             earlier = _earlier(folder)
             plan = _resumed(earlier)
         given = (options.checkpoint_every, plan.checkpoint_every, _CHECKPOINT_SECONDS)
         every = next(seconds for seconds in given if seconds is not None)
-        results = runner.run(plan.settings, plan.tasks, folder, console, earlier=earlier, checkpoint_every=every)
+        recorder = _recorder(plan, options, first=first)
+        if recorder is not None:
+            stack.callback(recorder.close)
+        results = runner.run(
+            plan.settings, plan.tasks, folder, console, earlier=earlier, checkpoint_every=every, recorder=recorder
+        )
     console.print(f"\nReport: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
     failed = results.num_failed
     if failed and first:
@@ -389,7 +406,34 @@ def _plan(options: argparse.Namespace, command: str) -> "_Plan":
         refresh_interval={task.name: options.refresh_interval or task.refresh_interval for task in tasks},
         command=command,
     )
-    return _Plan(settings, tasks, options.checkpoint_every)
+    return _Plan(settings, tasks, options.checkpoint_every, options.metrics, options.tensorboard)
+
+
+def _recorder(plan: "_Plan", options: argparse.Namespace, *, first: bool) -> "Recorder | None":
+    """What writes every update; in all processes but the first, for the same program, to nowhere."""
+    if plan.metrics is None and plan.tensorboard is None:
+        return None
+    from dho2_optax.poc.recording import Recorder
+
+    if not first:
+        return Recorder(None, None)
+    if plan.tensorboard is not None and importlib.util.find_spec("tensorboardX") is None:
+        raise _UsageError('tensorboardX is missing: pip install "dho2_optax[monitor]"')
+    for name, path in (("metrics", plan.metrics), ("tensorboard", plan.tensorboard)):
+        if path is None:
+            continue
+        try:
+            held = path.exists() and (path.is_file() or any(path.iterdir()))
+            if name == "tensorboard":
+                path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _UsageError(f"--{name} {path} cannot be written: {system.reason(error)}") from error
+        if held and not (options.overwrite or options.resume):
+            raise _UsageError(f"--{name} {path} is there already: give --overwrite to replace it, or another --{name}")
+    try:
+        return Recorder(plan.metrics, plan.tensorboard, resume=options.resume)
+    except OSError as error:
+        raise _UsageError(f"--metrics {plan.metrics} cannot be written: {system.reason(error)}") from error
 
 
 def _check_resume(options: argparse.Namespace) -> None:
@@ -432,7 +476,7 @@ def _resumed(earlier: "Results") -> "_Plan":
             raise _UsageError(f"--resume: unknown optimizer {name!r}")
     if [task.name for task in tasks] != [task["name"] for task in earlier.tasks]:
         raise _UsageError("--resume: the tasks are not those of the run")
-    return _Plan(settings, tasks, options.checkpoint_every)
+    return _Plan(settings, tasks, options.checkpoint_every, options.metrics, options.tensorboard)
 
 
 def _check_optimizers(options: argparse.Namespace) -> None:

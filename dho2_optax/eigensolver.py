@@ -62,6 +62,18 @@ def _check_count(**values: Any) -> None:
             raise ValueError(f"`{name}` must be a Python int of at least 0, got {value!r}. {INJECTION_HINT}")
 
 
+def checked_like(like: Any) -> Vector:
+    """`like` with arrays in place of Python numbers; raises ValueError unless it holds real floating-point numbers."""
+    like = vectors.as_arrays(like)
+    leaves = jax.tree.leaves(like)
+    if sum(leaf.size for leaf in leaves) == 0:
+        raise ValueError("`like` must hold at least one number, got an empty pytree.")
+    for leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"`like` must hold floating-point leaves only, got one of dtype {leaf.dtype}.")
+    return like
+
+
 def zero_spectrum(num_pairs: int, like: Vector, dtype: Any = None) -> Spectrum:
     """A spectrum that leaves everything to the base: all pairs are masked out."""
     eigenvectors = vectors.zero_stack(num_pairs, like, dtype)
@@ -382,14 +394,9 @@ def lanczos(
     if tolerance is not None:
         arguments.check_numbers("non-negative", tolerance=tolerance)
     segments.check_bound(axis_name)
-    like = vectors.as_arrays(like)
+    like = checked_like(like)
     leaves = jax.tree.leaves(like)
     size = sum(leaf.size for leaf in leaves)
-    if size == 0:
-        raise ValueError("`like` must hold at least one number, got an empty pytree.")
-    for leaf in leaves:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"`like` must hold floating-point leaves only, got one of dtype {leaf.dtype}.")
     num_pairs = rank + num_smallest
     order = 4 * num_pairs + 8 if order is None else order
     if tolerance is None:

@@ -88,6 +88,7 @@ def init(settings: Settings, params: Any) -> DHO2State:
         base_state=base_state,
         sigma=jnp.ones_like(pairs.eigenvalues, shape=()),
         bounds=Bounds(number(), number(), number(), number(), brake=number() + 1) if settings.bounded else None,
+        share=number(),
         missed=number(),
         refreshes=zero(),
         rejected=zero(),
@@ -143,6 +144,7 @@ def update(
         subspace_state=stepped.subspace_state,
         base_state=stepped.base_state,
         sigma=stepped.sigma,
+        share=stepped.share,
         bounds=stepped.bounds,
     )
     return layout.unpack(layout.gather(stepped.update)), state

@@ -21,6 +21,7 @@ class DHO2State(NamedTuple):
     base_state: optax.OptState  # of the base; on segments where the base runs on them
     sigma: jax.Array  # shape=(): factor of the base's step at the last update, before the brake of `Bounds`
     bounds: Any  # a `subspace.Bounds`; None for `fosi`
+    share: jax.Array  # shape=(): of the last gradient in the span of the eigenvectors, see `subspace.HybridStep`
     missed: jax.Array  # shape=(): see `subspace.missed_curvature`, of the last change of eigenpairs
     refreshes: jax.Array  # shape=(), dtype=int32: spectra installed
     rejected: jax.Array  # shape=(), dtype=int32: refreshes and probes that were not finite, or on an outlier

@@ -243,6 +243,7 @@ class HybridStep(NamedTuple):
     subspace_state: Any
     base_state: Any
     sigma: jax.Array  # shape=(): the factor of the base's step, before the brake
+    share: jax.Array  # shape=(): |c|^2 / |P^(1/2) g|^2, of the gradient in the subspace; 0 where that is no number
     bounds: Bounds | None
 
 
@@ -281,7 +282,10 @@ def hybrid_step(
       momentum_of: reads the base's momentum, in segment form, from its state and the gradient that it was fed.
     """
     eigenvectors = spectrum.eigenvectors
-    coordinates, square = _dots_and_squares(eigenvectors, geometry.half(gradient), [gradient], axis_name)
+    flat_gradient = geometry.half(gradient)
+    lengths = [gradient, flat_gradient]
+    coordinates, square = _dots_and_squares(eigenvectors, flat_gradient, lengths, axis_name)
+    share = _share(coordinates, square[1])
     kept = trusted = jnp.all(jnp.isfinite(coordinates))
     if bounds is not None:
         bounds = bounds.after(jnp.sqrt(square[0]))
@@ -321,7 +325,15 @@ def hybrid_step(
         return (factor.astype(v.dtype) * d.astype(v.dtype) - v).astype(d.dtype)
 
     update = jax.tree.map(assemble, base_update, correction)
-    return HybridStep(update, subspace_state, base_state, sigma, bounds)
+    return HybridStep(update, subspace_state, base_state, sigma, share, bounds)
+
+
+def _share(coordinates: jax.Array, square: jax.Array) -> jax.Array:
+    """Which part of a squared length coordinates hold, between 0 and 1."""
+    inside = jnp.sum(coordinates**2)
+    known = (square > 0) & jnp.isfinite(square) & jnp.isfinite(inside)
+    share = jnp.minimum(jnp.where(known, inside, 0) / jnp.where(known, square, 1), 1)
+    return share.astype(coordinates.dtype)
 
 
 def _dots_and_squares(

@@ -16,6 +16,7 @@ import pytest
 import dho2_optax as dho2
 from dho2_optax import cli
 from dho2_optax.poc import data, report, runner, tasks
+from dho2_optax.writers import read
 
 TASK_MODULE = """
 import dataclasses
@@ -462,6 +463,35 @@ def test_an_optimizer_that_needs_more_devices_is_a_marked_row(capsys, task_modul
     assert {row["optimizer"]: row["status"] for row in rows} == {"sgd": "ok", "mr-dho2-roles": "needs 2 devices"}
     assert "needs 2 devices" in (tmp_path / "o" / "report.html").read_text()
     assert "mr-dho2-roles" in capsys.readouterr().out
+
+
+def test_every_update_is_recorded_as_it_goes(capsys, task_module, tmp_path):
+    file, board = tmp_path / "metrics.jsonl", tmp_path / "board"
+    where = ("--metrics", str(file), "--tensorboard", str(board))
+    options = ("--optimizers", "adam,dho2", "--devices", "2", "--steps", "12", "--refresh-interval", "5")
+    arguments = ("poc", "--task", task_module, *options, "--rank", "2", "--out", str(tmp_path / "report"), *where)
+    assert cli.main(arguments) == 0
+    capsys.readouterr()
+    records = read(file)
+    of = {name: [r for r in records if r["optimizer"] == name] for name in ("adam", "dho2")}
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    for row in results["rows"]:
+        if row["losses"]:
+            found = of[row["optimizer"]]
+            assert [r["step"] for r in found] == list(range(12))
+            assert [r["loss"] for r in found] == row["losses"]
+            assert [r["seconds"] for r in found] == row["seconds"]
+            assert {(r["task"], r["devices"], r["seed"], r["tuning"]) for r in found} == {("line", 2, 0, False)}
+    assert "refreshes" not in of["adam"][0]
+    assert of["dho2"][-1]["refreshes"] == 2
+    assert of["dho2"][-1]["eigenvalue_0"] > 0
+    assert set(results["rows"][1]["counters"]) == {"refreshes", "rejected_refreshes", "matvecs", "eigenvalue_max"}
+    assert len(list(board.glob("*/events.out.tfevents.*"))) == 2
+    # What is there is kept, unless it is said that it need not be.
+    for kept in (where[:2], where[2:]):
+        again = ("poc", "--task", task_module, "--out", str(tmp_path / "other"), *kept)
+        assert "is there already: give --overwrite to replace it" in _rejected(capsys, *again[1:])
+    assert read(file) == records
 
 
 def test_quiet_prints_nothing(capsys, task_module, tmp_path):

@@ -21,7 +21,12 @@ from tests.helpers import python_blocks
 _ROOT = Path(__file__).parents[1]
 _PAGES = {path.name: path.read_text() for path in sorted((_ROOT / "docs").glob("*.md"))}
 # Pages whose code other modules run: most of them check what the page says of it, too.
-_ELSEWHERE = {"recipes.md": "test_recipes.py", "flax.md": "test_flax.py", "checkpoints.md": "test_checkpoints.py"}
+_ELSEWHERE = {
+    "recipes.md": "test_recipes.py",
+    "flax.md": "test_flax.py",
+    "checkpoints.md": "test_checkpoints.py",
+    "monitoring.md": "test_monitor.py",
+}
 _HERE = ("tutorial.md", "devices.md", "streaming.md", "proof_of_concept.md")
 
 

@@ -300,6 +300,7 @@ def test_one_update_is_the_dense_rule():
     sigma = float(state.sigma)
     expected = sigma * d - half * (rows.T @ (sigma * e + alpha * c / np.asarray(state.spectrum.eigenvalues)))
     np.testing.assert_allclose(helpers.flat(updates), expected, rtol=2e-3, atol=2e-5)
+    np.testing.assert_allclose(state.share, c @ c / np.sum((half * g) ** 2), rtol=1e-4)
     assert int(dho2.metrics(state)["age"]) == 2
 
 

@@ -5,6 +5,7 @@ import resource
 import numpy as np
 import pytest
 
+from dho2_optax import plots
 from dho2_optax.poc import report, results, runner, tasks, training, verdict
 from dho2_optax.poc.results import Results, Row
 
@@ -46,7 +47,7 @@ def _decay(rate, count=20):
 
 def test_smoothing_is_a_trailing_mean():
     losses = np.random.default_rng(0).uniform(size=100)
-    smooth = results.smoothed(losses)
+    smooth = plots.smoothed(losses)
     assert np.isinf(smooth[:4]).all()
     for i in (4, 50, 99):
         assert smooth[i] == pytest.approx(losses[i - 4 : i + 1].mean())

@@ -1253,7 +1253,18 @@ def test_metrics_and_spectrum_find_the_state_inside_others():
         every_k_schedule=2,
     )
     state = nested.init(START)
-    names = {"refreshes", "rejected_refreshes", "matvecs", "age", "active_pairs", "base_scale", "base_brake"}
+    names = {
+        "updates",
+        "gradient_share",
+        "condition_number",
+        "refreshes",
+        "rejected_refreshes",
+        "matvecs",
+        "age",
+        "active_pairs",
+        "base_scale",
+        "base_brake",
+    }
     names |= {
         "eigenvalue_max",
         "eigenvalue_min",

@@ -2,7 +2,6 @@
 
 import io
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,42 +9,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from dho2_optax import plots
 from dho2_optax.poc import system
-from dho2_optax.poc.results import (
-    Results,
-    Row,
-    count_devices,
-    megabytes,
-    smoothed,
-    summarize,
-)
+from dho2_optax.poc.results import Results, Row, count_devices, summarize
 
 __all__ = ["draw"]
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-_COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#000000")
 _MARKERS = "osD^vP*"
 _PARTS = {  # of the time
     "ordinary steps": "#0072B2",
     "refreshes, probes": "#D55E00",
     "compilation": "#999999",
     "evaluation": "#E69F00",
-}
-_STYLE: dict[Any, Any] = {
-    "axes.edgecolor": "#777777",
-    "axes.grid": True,
-    "axes.labelcolor": "#333333",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
 }
 
 
@@ -58,7 +33,7 @@ def draw(results: Results, folder: Path) -> dict[str, list[Path]]:
     import matplotlib
 
     files: dict[str, list[Path]] = {"loss": [], "steps": [], "memory": [], "time": []}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(plots.STYLE):
         for task in (task["name"] for task in results.tasks):
             rows = [row for row in results.rows if row.task == task]
             if any(row.trained for row in rows):
@@ -86,8 +61,8 @@ def _escape(name: str) -> str:
 
 
 def _look(results: Results, optimizer: str) -> dict[str, Any]:
-    index = results.settings["optimizers"].index(optimizer) % len(_COLOURS)
-    return {"color": _COLOURS[index], "label": optimizer}
+    index = results.settings["optimizers"].index(optimizer) % len(plots.COLOURS)
+    return {"color": plots.COLOURS[index], "label": optimizer}
 
 
 def _losses(results: Results, task: str, rows: list[Row]) -> Figure:
@@ -102,12 +77,10 @@ def _losses(results: Results, task: str, rows: list[Row]) -> Figure:
         if row.optimizer in seen:
             look["label"] = None
         seen.add(row.optimizer)
-        steps, seconds = np.arange(1, len(row.losses) + 1), np.cumsum(row.seconds)
-        for axes, x in ((by_step, steps), (by_time, seconds)):
-            axes.plot(x, row.losses, color=look["color"], alpha=0.18, linewidth=0.8)
-            axes.plot(x, smoothed(row.losses), linewidth=1.8, **look)
+        for axes, seconds in ((by_step, None), (by_time, row.seconds)):
+            plots.loss(row.losses, axes, seconds=seconds, **look)
         if row.steps_to_target and row.seconds_to_target:
-            at = smoothed(row.losses)[row.steps_to_target - 1]
+            at = plots.smoothed(row.losses)[row.steps_to_target - 1]
             dot = {"color": look["color"], "markeredgecolor": "white", "markersize": 8, "zorder": 5}
             by_step.plot(row.steps_to_target, at, "o", **dot)
             by_time.plot(row.seconds_to_target, at, "o", **dot)
@@ -116,8 +89,8 @@ def _losses(results: Results, task: str, rows: list[Row]) -> Figure:
         if target is not None:
             axes.axhline(target.loss, color="#555555", linewidth=1, linestyle=(0, (4, 3)))
     shown = [loss for row in rows for loss in row.losses if np.isfinite(loss)]
-    if all(loss > 0 for loss in (*shown, target.loss if target else 1.0)):
-        by_step.set_yscale("log")
+    positive = all(loss > 0 for loss in (*shown, target.loss if target else 1.0))
+    by_step.set_yscale("log" if positive else "linear")
     if target is not None:
         by_step.annotate(
             f"target {target.loss:.3g}",
@@ -129,9 +102,7 @@ def _losses(results: Results, task: str, rows: list[Row]) -> Figure:
             color="#555555",
         )
     by_step.set(xlabel="steps", ylabel="training loss", title=f"{_escape(task)}: loss against steps")
-    by_time.set(xlabel="seconds of training", title=f"loss against time, {count_devices(devices)}")
-    by_time.set_xlim(left=0)
-    by_step.set_xlim(left=0)
+    by_time.set(xlabel="seconds of training", ylabel="", title=f"loss against time, {count_devices(devices)}")
     by_time.legend()
     return figure
 
@@ -158,7 +129,7 @@ def _step_times(results: Results, task: str, rows: list[Row]) -> Figure:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="y", which="minor", length=0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(FuncFormatter(_minor(axes.get_xlim, lambda value: f"{value:g}")))
+    axes.xaxis.set_minor_formatter(FuncFormatter(plots.minor(axes.get_xlim, lambda value: f"{value:g}")))
     axes.set(
         xlabel="milliseconds",
         ylabel="share of the steps",
@@ -177,42 +148,16 @@ def _memory(results: Results, task: str, rows: list[Row]) -> Figure:
         ("optimizer_bytes", f"{_escape(task)}: optimizer state on each device"),
         ("total_bytes", "whole training step on each device"),
     )
-    counts = sorted({s.devices for s in summaries})
+    names = results.settings["optimizers"]
+    looks = {name: {**_look(results, name), "marker": _MARKERS[i % len(_MARKERS)]} for i, name in enumerate(names)}
     for axes, (field, title) in zip(panels, fields, strict=True):
-        steepest, ideal = 1.0, 0.0
-        for i, optimizer in enumerate(results.settings["optimizers"]):
-            points = sorted((s.devices, s[field] or 0) for s in summaries if s.optimizer == optimizer)
-            if not points:
-                continue
-            x, y = zip(*points, strict=True)
-            marker = _MARKERS[i % len(_MARKERS)]
-            axes.plot(x, y, marker=marker, linewidth=1.8, **_look(results, optimizer))
-            if y[0] / y[-1] > steepest:  # the ideal is drawn for the optimizer that comes closest
-                steepest, ideal = y[0] / y[-1], y[0] * x[0]
-        if ideal:
-            line = [ideal / count for count in counts]
-            axes.plot(counts, line, color="#222222", linestyle=":", label="ideal 1/P", zorder=4)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(counts, [str(count) for count in counts])
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda size, _: megabytes(size)))
-        axes.yaxis.set_minor_formatter(FuncFormatter(_minor(axes.get_ylim, megabytes)))
-        axes.set(xlabel="devices P", title=title)
+        sizes = {name: {s.devices: s[field] or 0 for s in summaries if s.optimizer == name} for name in names}
+        plots.memory(sizes, axes, looks=looks)
+        axes.set(title=title, ylabel="")
     panels[0].set_ylabel("bytes on each device")
     handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(list(handles.values()), list(handles), loc="outside right upper")
     return figure
-
-
-def _minor(limits: Callable[[], tuple[float, float]], show: Callable[[float], str]) -> Callable[[float, float], str]:
-    """Label 2 and 5 between the decades, where an axis spans few of them."""
-
-    def label(value: float, _: float) -> str:
-        low, high = limits()
-        return show(value) if high / low < 300 and f"{value:.0e}"[0] in "25" else ""
-
-    return label
 
 
 def _time(results: Results) -> Figure:

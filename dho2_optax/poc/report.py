@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from dho2_optax.plots import megabytes
 from dho2_optax.poc import plots, system
 from dho2_optax.poc.optimizers import OPTIMIZERS
 from dho2_optax.poc.results import (
@@ -21,7 +22,6 @@ from dho2_optax.poc.results import (
     Summary,
     count_devices,
     findings,
-    megabytes,
     summarize,
 )
 from dho2_optax.poc.verdict import against_bases, verdicts

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dho2_optax.plots import megabytes, smoothed
 from dho2_optax.poc import system
 from dho2_optax.poc.optimizers import OPTIMIZERS
 
@@ -23,8 +24,6 @@ __all__ = [
     "Tuning",
     "count_devices",
     "findings",
-    "megabytes",
-    "smoothed",
     "summarize",
     "within",
 ]
@@ -262,22 +261,6 @@ _NUMERIC = (
 )
 
 
-def smoothed(losses: Sequence[float]) -> np.ndarray:
-    """Average the loss over the last twentieth of the run so far, infinite before the first.
-
-    A single batch may be lucky; its loss reaches no target.
-
-    Example:
-      >>> from dho2_optax.poc.results import smoothed
-      >>> smoothed([4.0] * 20 + [2.0] * 20)[[0, 1, 20, 39]].tolist()
-      [inf, 4.0, 3.0, 2.0]
-    """
-    window = max(1, len(losses) // 20)
-    sums = np.concatenate([[0.0], np.cumsum(np.asarray(losses, np.float64))])
-    means = (sums[window:] - sums[:-window]) / window
-    return np.concatenate([np.full(window - 1, np.inf), means])
-
-
 def summarize(rows: Iterable[Row]) -> list[Summary]:
     """Combine the seeds of each task, optimizer and device count."""
     groups: dict[tuple[str, str, int], list[Row]] = {}
@@ -459,20 +442,6 @@ def _memory_finding(task: str, optimizer: str, group: list[Summary], said: list[
         said.append(f"{text}more devices do not shrink it.")
     else:
         said.append(f"{text}{ratio:.2f} times less (the ideal is {many / few:g}).")
-
-
-def megabytes(size: float) -> str:
-    """Write a number of bytes for a reader.
-
-    Example:
-      >>> from dho2_optax.poc.results import megabytes
-      >>> megabytes(812), megabytes(51_300), megabytes(7_250_000)
-      ('812 B', '51.3 kB', '7.25 MB')
-    """
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size:.0f} B"
 
 
 def count_devices(count: int) -> str:

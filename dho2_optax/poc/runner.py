@@ -1,5 +1,6 @@
 """All runs of a proof of concept, one after the other, saved after each."""
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -23,6 +24,7 @@ import dho2_optax
 from dho2_optax.poc import processes, report, system
 from dho2_optax.poc.models import num_parameters
 from dho2_optax.poc.optimizers import OPTIMIZERS, learning_rate
+from dho2_optax.poc.recording import Record, Recorder
 from dho2_optax.poc.results import Results, Row, Tuning, count_devices
 from dho2_optax.poc.saving import CheckpointError, Checkpoints
 from dho2_optax.poc.tasks import Task
@@ -72,6 +74,7 @@ def run(
     *,
     earlier: Results | None = None,
     checkpoint_every: float = math.inf,
+    recorder: Recorder | None = None,
 ) -> Results:
     """Train every optimizer on every task and device count, and write the report.
 
@@ -87,6 +90,7 @@ def run(
       earlier: results of these settings that are not complete: their runs are not made again, and the one that was cut
         off goes on from its last checkpoint. Where there are fewer devices now, it does so on those.
       checkpoint_every: seconds between two checkpoints of a run.
+      recorder: writes what every update measures.
 
     Returns:
       The results; a run that diverged or failed is a row with that status.
@@ -105,7 +109,7 @@ def run(
         results.rows, results.tried = (
             [row for row in rows if row.status != "failed"] for rows in (results.rows, results.tried)
         )
-    session = _Session(settings, results, folder, console, checkpoint_every)
+    session = _Session(settings, results, folder, console, checkpoint_every, recorder)
     try:
         try:
             session.save()
@@ -130,10 +134,17 @@ class _Session:
     """The state of a proof of concept while it runs."""
 
     def __init__(
-        self, settings: Settings, results: Results, folder: Path, console: Console, checkpoint_every: float
+        self,
+        settings: Settings,
+        results: Results,
+        folder: Path,
+        console: Console,
+        checkpoint_every: float,
+        recorder: Recorder | None,
     ) -> None:
         self._begin = time.perf_counter() - results.seconds
         self._checkpoint_every = checkpoint_every
+        self._recorder = recorder
         self._settings = settings
         self._results = results
         self._programs: dict[tuple[str, Spec], Program] = {}  # of the tuning, by task and what was compiled
@@ -262,6 +273,7 @@ class _Session:
             num_steps=self._settings.num_steps[task.name],
             rank=self._settings.rank[task.name],
             refresh_interval=self._settings.refresh_interval[task.name],
+            recorded=self._recorder is not None,
         )
 
     def _compile(self, task: Task, spec: Spec, *, to_run: bool = True) -> tuple[Row, Program | None]:
@@ -321,11 +333,16 @@ class _Session:
             if program is None or seed is None:
                 self._add(row, rows)
             else:
-                folder = self._folder / _CHECKPOINTS / self._name(task, row, tuning=rows is self._results.tried)
+                tuning = rows is self._results.tried
+                name = self._name(task, row, tuning=tuning)
+                folder = self._folder / _CHECKPOINTS / name
                 # Several processes do not go on from one: what each of them holds is a part.
                 checkpoints = Checkpoints(folder, self._checkpoint_every) if processes.count() == 1 else None
+                recorder = self._recorder
+                recording = recorder.of(row, name, tuning=tuning) if recorder else contextlib.nullcontext()
                 try:
-                    self._train_seed(task, program, row, seed, evaluate, checkpoints)
+                    with recording as record:
+                        self._train_seed(task, program, row, seed, evaluate, checkpoints, record)
                 finally:
                     if checkpoints is not None:
                         checkpoints.close()
@@ -341,7 +358,14 @@ class _Session:
         return f"{place}-{row.optimizer}-{row.devices}-{row.learning_rate:g}-{row.seed}-{what}"
 
     def _train_seed(
-        self, task: Task, program: Program, row: Row, seed: int, evaluate: Evaluator, checkpoints: Checkpoints | None
+        self,
+        task: Task,
+        program: Program,
+        row: Row,
+        seed: int,
+        evaluate: Evaluator,
+        checkpoints: Checkpoints | None,
+        record: Record | None,
     ) -> None:
         """Train from one seed and fill in the row."""
         label = f"{task.name} {row.optimizer}, {count_devices(row.devices)}"
@@ -350,7 +374,7 @@ class _Session:
             note = f"{label}: loss {loss:.4g}"
             self.progress.update(self._one, completed=step + 1, note=note)
 
-        measured = _attempt(row, lambda: train(task, program, seed, evaluate, show, checkpoints))
+        measured = _attempt(row, lambda: train(task, program, seed, evaluate, show, checkpoints, record))
         if measured is None:
             return
         row.status = measured.status

@@ -17,6 +17,7 @@ import dho2_optax
 from dho2_optax import programs
 from dho2_optax.poc import processes, system
 from dho2_optax.poc.optimizers import OPTIMIZERS, Context
+from dho2_optax.poc.recording import Record
 from dho2_optax.poc.saving import Checkpoints
 from dho2_optax.poc.tasks import Task
 
@@ -40,6 +41,7 @@ class Spec:
     num_steps: int
     rank: int
     refresh_interval: int
+    recorded: bool = False  # every step returns all metrics, not just what the report shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +186,7 @@ def compile_program(task: Task, spec: Spec, *, to_run: bool = True) -> Program:
         loss, grads, extra = compute(params, state, batch)
         update = optax.with_extra_args_support(optimizer.build(rate, context)).update
         updates, state = update(grads, state, params, **extra)
-        counters = _counters(state) if optimizer.hybrid else {}
+        counters = _counters(state, all_of_them=spec.recorded) if optimizer.hybrid else {}
         return optax.apply_updates(params, updates), state, loss, counters
 
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))
@@ -227,6 +229,7 @@ def train(
     evaluate: Evaluator,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     checkpoints: Checkpoints | None = None,
+    record: Record | None = None,
 ) -> Run:
     """Train from a seed, waiting for every step so that its time is its own.
 
@@ -240,6 +243,8 @@ def train(
       evaluate: measures the parameters at the end.
       on_step: called after every step with its number and loss.
       checkpoints: where to go on, and to save. On SIGINT or SIGTERM the step that runs is ended and saved first.
+      record: called after every step with its number, its loss and seconds, and, of a program that was compiled to be
+        recorded, the optimizer's metrics.
 
     Returns:
       The measurements; on the first loss that is not finite the run stops as "diverged". Of a run that goes on from a
@@ -275,12 +280,15 @@ def train(
                 jax.block_until_ready((params, state, loss))
                 run.seconds.append(time.perf_counter() - begin)
                 run.losses.append(float(loss))
-                before, run.counters = run.counters, {name: float(value) for name, value in counters.items()}
+                values = {name: float(value) for name, value in counters.items()}
+                before, run.counters = run.counters, {name: values[name] for name in _COUNTERS if name in values}
                 if _grew("refreshes", before, run.counters):
                     run.refresh_steps.append(step)
                 elif _grew("matvecs", before, run.counters):
                     run.probe_steps.append(step)
                 on_step(step, run.losses[-1])
+                if record is not None:
+                    record(step, {"loss": run.losses[-1], "seconds": run.seconds[-1], **values})
                 if not math.isfinite(run.losses[-1]):
                     run.status = "diverged"
                     return run
@@ -345,9 +353,9 @@ def _abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def _counters(state: Any) -> dict[str, jax.Array]:
+def _counters(state: Any, *, all_of_them: bool) -> dict[str, jax.Array]:
     values = dho2_optax.metrics(state)
-    return {name: values[name] for name in _COUNTERS if name in values}
+    return values if all_of_them else {name: values[name] for name in _COUNTERS if name in values}
 
 
 def _footprint(step: Any, params: Any, state: Any, *, hybrid: bool, curvature_device: int | None) -> Footprint:

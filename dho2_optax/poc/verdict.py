@@ -5,8 +5,9 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
+from dho2_optax.plots import megabytes
 from dho2_optax.poc.optimizers import OPTIMIZERS
-from dho2_optax.poc.results import TIE_SECONDS, TIE_STEPS, Results, Row, megabytes, within
+from dho2_optax.poc.results import TIE_SECONDS, TIE_STEPS, Results, Row, within
 
 __all__ = ["against_bases", "verdicts"]
 

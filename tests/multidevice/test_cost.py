@@ -124,9 +124,10 @@ def test_inner_products_are_a_few_numbers():
     ]
     assert {found.op for found in small} == {"all-reduce"}
     in_step = [found for found in small if not found.in_branch and not found.in_loop]
-    # The first with the square of the gradient, whose length tells outliers. The second with those of the base's update
+    # The first with the squares of the gradient, whose length tells outliers, and of the gradient in the metric, of
+    # which a share is in the subspace. The second with those of the base's update
     # and momentum, which its learning rate is found from.
-    assert [array.shape for found in in_step for array in found.arrays] == [(RANK + 1,), (RANK + 2,)]
+    assert [array.shape for found in in_step for array in found.arrays] == [(RANK + 2,), (RANK + 2,)]
     # The largest when eigenvectors change: those of an old spectrum times those of a new one, and one vector more.
     assert all(found.bytes <= 4 * RANK * (RANK + 1) for found in small)
 
