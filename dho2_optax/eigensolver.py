@@ -1,5 +1,7 @@
 """The extreme eigenpairs of a symmetric operator: selection, masks, and the eigensolver that finds them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 

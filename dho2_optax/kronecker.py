@@ -20,6 +20,8 @@ makes a metric. Arrays of more than two axes count as matrices, all axes but the
 have nothing to rotate, get Adam's step.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple

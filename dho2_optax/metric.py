@@ -10,6 +10,8 @@ Eigenvectors belong to the :math:`P` of the moment at which they were found, so 
 *factors*, is kept beside them: then the Newton step is one with :math:`H` itself, however :math:`P` moves on.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -101,12 +103,12 @@ class Factors(NamedTuple):
 
     def renewed(
         self, base_state: Any, params: Any, *, axis_name: str | None = None, metric: Metric | None = None
-    ) -> "Factors":
+    ) -> Factors:
         """Those of another moment; see :func:`snapshot` and :func:`geometry`."""
         segmented_base = isinstance(self.base, OnSegments)
         return snapshot(self.metric(metric), base_state, params, axis_name, segmented_base=segmented_base)
 
-    def split(self, layout: Layout, metric: Metric | None = None) -> "Factors":
+    def split(self, layout: Layout, metric: Metric | None = None) -> Factors:
         """Whole factors in the form in which they are kept."""
         if not self.metric(metric).elementwise:
             return self

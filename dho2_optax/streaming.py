@@ -10,6 +10,8 @@ One update does one thing at most: a probe; in the update after the last probe a
 the start of the next cycle. So no update is slow.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -374,6 +374,19 @@ def test_the_verdict_of_a_loss_a_draw_and_a_win_in_one_thing_only():
     assert line.startswith("mlp: the hybrid wins in updates and ties in time: ")
 
 
+def test_the_verdict_names_the_memory_that_more_devices_save():
+    def rows(on_one, on_eight):
+        state = {"base_state_bytes": 0}
+        alone = Row("mlp", "dho2", 1, None, 0.1, "compiled", curvature_state_bytes=on_one, **state)
+        return _row("adam", _decay(0.2)), _row("dho2", _decay(0.4), curvature_state_bytes=on_eight, **state), alone
+
+    line, _ = _verdict(*rows(8000, 1000))
+    assert line.endswith("; memory saved: 88% of its state, 1 kB on each of 8 devices instead of 8 kB on 1.")
+    line, _ = _verdict(*rows(1001, 1000))
+    assert line.endswith("; more devices save no memory: its state takes 1 kB on each of 8.")
+    assert "memory saved" not in _verdict(*rows(8000, 1000)[:2])[0]
+
+
 def test_the_best_hybrid_and_the_best_baseline_meet_in_the_verdict():
     rows = [_row(name, _decay(rate)) for name, rate in (("adam", 0.2), ("soap", 0.3), ("dho2", 0.25))]
     line, pairs = _verdict(*rows, _row("dho2-soap", _decay(0.5)))
@@ -412,7 +425,8 @@ def test_verdicts_open_the_page_and_close_the_terminal(tmp_path):
     found = _results(_row("adam", _decay(0.2)), _row("dho2", _decay(0.4)))
     found.aim(None)
     page = report.write_html(found, tmp_path).read_text()
-    assert page.index("the hybrid wins in time and updates") < page.index("Where the hybrid wins")
+    order = ["the hybrid wins in time and updates", "<h2>Loss</h2>", "Where the hybrid wins", "<h2>Time</h2>"]
+    assert sorted(order, key=page.index) == order
     with open(tmp_path / "tables.txt", "w+") as file:
         report.print_tables(found, Console(file=file, width=1000))
         file.seek(0)

@@ -12,6 +12,7 @@ from dho2_optax.poc.results import TIE_SECONDS, TIE_STEPS, Results, Row, within
 __all__ = ["against_bases", "verdicts"]
 
 _APART = 2.0  # times one loss is the other
+_SAVED = 0.05  # of the memory of a state, at least, to speak of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ def verdicts(results: Results) -> list[str]:
 
     The best are those that are first at the target in time; where none gets there, those that end lowest. They are
     compared on the most devices that were trained, in updates, time and memory; the others with their own bases.
+    Memory is saved where the hybrid's state takes less on each of many devices than on few, compiled ones included.
     """
     return [_verdict(results, task["name"]) for task in results.tasks]
 
@@ -92,7 +94,8 @@ def _verdict(results: Results, task: str) -> str:
         best = _best(hybrids)
         return f"{task}: there is no first-order optimizer to compare with; {best.optimizer} {_alone(best)}."
     hybrid, rival = _best(hybrids), _best(rivals)
-    text = f"{task}: {_headline(hybrid, rival)}: {hybrid.optimizer} {_comparison(hybrid, rival, target.loss)}."
+    compared = f"{hybrid.optimizer} {_comparison(hybrid, rival, target.loss)}{_saved(results, task, hybrid.optimizer)}"
+    text = f"{task}: {_headline(hybrid, rival)}: {compared}."
     others = [
         f"{ours.optimizer} needs {_share(ours.seconds, base.seconds)} of the time and "
         f"{_share(ours.steps, base.steps)} of the updates of {base.optimizer}"
@@ -100,6 +103,22 @@ def _verdict(results: Results, task: str) -> str:
         if ours.steps and base.steps and {ours.optimizer, base.optimizer} != {hybrid.optimizer, rival.optimizer}
     ]
     return f"{text} On their own bases: {', '.join(others)}." if others else text
+
+
+def _saved(results: Results, task: str, optimizer: str) -> str:
+    """Say how much less memory a state takes on each of more devices."""
+    rows = [row for row in results.rows if (row.task, row.optimizer) == (task, optimizer)]
+    sizes = {row.devices: row.optimizer_bytes for row in rows if row.optimizer_bytes}
+    if len(sizes) < 2:
+        return ""
+    few, many = min(sizes), max(sizes)
+    saved = 1 - sizes[many] / sizes[few]
+    if saved < _SAVED:
+        return f"; more devices save no memory: its state takes {megabytes(sizes[many])} on each of {many}"
+    return (
+        f"; memory saved: {saved:.0%} of its state, {megabytes(sizes[many])} on each of {many} devices instead of "
+        f"{megabytes(sizes[few])} on {few}"
+    )
 
 
 def _share(ours: float | None, theirs: float | None) -> str:
