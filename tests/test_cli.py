@@ -469,7 +469,17 @@ def test_every_update_is_recorded_as_it_goes(capsys, task_module, tmp_path):
     file, board = tmp_path / "metrics.jsonl", tmp_path / "board"
     where = ("--metrics", str(file), "--tensorboard", str(board))
     options = ("--optimizers", "adam,dho2", "--devices", "2", "--steps", "12", "--refresh-interval", "5")
-    arguments = ("poc", "--task", task_module, *options, "--rank", "2", "--out", str(tmp_path / "report"), *where)
+    arguments = (
+        "poc",
+        "--task",
+        f"{task_module}:line",
+        *options,
+        "--rank",
+        "2",
+        "--out",
+        str(tmp_path / "report"),
+        *where,
+    )
     assert cli.main(arguments) == 0
     capsys.readouterr()
     records = read(file)
@@ -489,7 +499,7 @@ def test_every_update_is_recorded_as_it_goes(capsys, task_module, tmp_path):
     assert len(list(board.glob("*/events.out.tfevents.*"))) == 2
     # What is there is kept, unless it is said that it need not be.
     for kept in (where[:2], where[2:]):
-        again = ("poc", "--task", task_module, "--out", str(tmp_path / "other"), *kept)
+        again = ("poc", "--task", f"{task_module}:line", "--out", str(tmp_path / "other"), *kept)
         assert "is there already: give --overwrite to replace it" in _rejected(capsys, *again[1:])
     assert read(file) == records
 
