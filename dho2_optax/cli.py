@@ -169,12 +169,30 @@ def _parser() -> argparse.ArgumentParser:
         help="in place of these, your own: a function that returns a dho2_optax.poc.tasks.Task",
     )
     _add_training_options(poc)
+    _add_process_options(poc)
+    _add_report_options(poc)
+    plan = commands.add_parser(
+        "plan",
+        help="say what curvature will cost: memory, bytes, seconds, and which form of refresh to take",
+        description="Predict what curvature costs on some devices, from shapes and speeds, and recommend rank, "
+        "interval and form of refresh for a budget of time. Trains nothing.",
+        epilog=_EXIT_CODES,
+        allow_abbrev=False,
+    )
+    plan_cli.add_options(plan)
+    return parser
+
+
+def _add_process_options(poc: argparse.ArgumentParser) -> None:
     several = poc.add_argument_group(
         "several processes", "Not needed where JAX finds them by itself: under Slurm, Open MPI, on Cloud TPU and GKE."
     )
     several.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, which listens there")
     several.add_argument("--num-processes", type=_integer(1), metavar="N", help="started with this command")
     several.add_argument("--process-id", type=_integer(0), metavar="I", help="which this is, from 0")
+
+
+def _add_report_options(poc: argparse.ArgumentParser) -> None:
     report = poc.add_argument_group("report")
     report.add_argument(
         "--target",
@@ -208,16 +226,6 @@ def _parser() -> argparse.ArgumentParser:
         "--tensorboard", type=Path, metavar="DIR", help="write them there for TensorBoard, a folder for each run"
     )
     report.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    plan = commands.add_parser(
-        "plan",
-        help="say what curvature will cost: memory, bytes, seconds, and which form of refresh to take",
-        description="Predict what curvature costs on some devices, from shapes and speeds, and recommend rank, "
-        "interval and form of refresh for a budget of time. Trains nothing.",
-        epilog=_EXIT_CODES,
-        allow_abbrev=False,
-    )
-    plan_cli.add_options(plan)
-    return parser
 
 
 def _add_training_options(poc: argparse.ArgumentParser) -> None:
