@@ -32,7 +32,8 @@ _HYBRID = {"rank": 8, "order": 16}
 _DHO2 = {**_HYBRID, "refresh_interval": 100}
 _MR_DHO2 = {**_HYBRID, "probe_interval": 4}
 _FOSI = {"rank": 10, "refresh_interval": 50}
-_ONE_BATCH = {"rank": 30, "order": 32, "curvature_batch_size": 128}  # two products more than pairs will do
+_RANK30 = {"rank": 30, "order": 32, "curvature_batch_size": 128}  # two products more than pairs will do
+_RANK62 = {"rank": 62, "order": 64, "curvature_batch_size": 512}
 _NYS_NEWTON = {"rank": 60, "interval": 20, "steps": 100}  # as published, but there with up to 1000 steps
 _NYS_NEWTON_DAMPING = 0.01
 
@@ -312,11 +313,12 @@ def _of_one_batch(
     note: str = "",
     *,
     kind: Literal["hybrid", "ablation"] = "hybrid",
-    **options: Any,
+    **given: Any,
 ) -> Method:
     """`dho2` for problems with one batch, where what limits the hybrid is how many pairs it has."""
-    words = f"rank 30 by 32 products, a refresh every {refresh_interval} updates{note and ', ' + note}"
-    method = _dho2(base, words, **{**_ONE_BATCH, "refresh_interval": refresh_interval}, **options)
+    options = {**_RANK30, "refresh_interval": refresh_interval, **given}
+    words = f"rank {options['rank']} by {options['order']} products, a refresh every {refresh_interval} updates"
+    method = _dho2(base, f"{words}{note and ', ' + note}", **options)
     return dataclasses.replace(method, kind=kind, only_full_batch=True)
 
 
@@ -375,6 +377,8 @@ METHODS: dict[str, Method] = {
     "dho2_soap_rank30": _of_one_batch("soap", 50, "no metric", metric=None),
     "dho2_adam_rank30_interval100": _of_one_batch("adam", 100),
     "dho2_soap_rank30_interval100": _of_one_batch("soap", 100, "no metric", metric=None),
+    "dho2_adam_rank62": _of_one_batch("adam", 200, "products on half the points", **_RANK62),
+    "dho2_soap_rank62": _of_one_batch("soap", 200, "products on half the points, no metric", **_RANK62, metric=None),
     "dho2_sgd_rank30": _of_one_batch("sgd", 50),
     "dho2_muon_rank30": _of_one_batch("muon", 50),
     "mr_dho2_sgd": _mr_dho2("sgd"),
