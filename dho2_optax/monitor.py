@@ -103,8 +103,9 @@ def get_spectrum(state: Any, params: Any = None) -> Spectrum:
         that are hidden from the optimizer.
 
     Returns:
-      The spectrum, eigenvectors stacked in a pytree like `params`. Without `params` eigenvectors are packed as the
-      state holds them, in a few buffers.
+      The spectrum, eigenvectors stacked in a pytree like `params`, in at least float32. Without `params` as the state
+      holds it, eigenvectors packed in a few buffers; of a short `basis_dtype` those are rows that are orthonormal once
+      multiplied by the `orthonormalizer`.
 
     Raises:
       ValueError: if `state` does not hold exactly one such optimizer.
@@ -121,6 +122,7 @@ def get_spectrum(state: Any, params: Any = None) -> Spectrum:
     if params is None:
         return spectrum
     layout = of_stack(spectrum.eigenvectors, as_arrays(unwrapped(params)))
+    spectrum = spectrum.orthonormal()
     return spectrum._replace(eigenvectors=jax.vmap(layout.unpack)(spectrum.eigenvectors))
 
 
