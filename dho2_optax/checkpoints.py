@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh
 
+from dho2_optax.eigensolver import Spectrum
 from dho2_optax.packing import Layout
 from dho2_optax.segments import padded_size
 from dho2_optax.state import MADE_BY, DHO2State
@@ -150,7 +151,7 @@ class _Move(NamedTuple):
                 last=pairs(probing.last),
             )
         return state._replace(
-            spectrum=jax.tree.map(pairs, state.spectrum),
+            spectrum=_resized_orthonormalizer(jax.tree.map(pairs, state.spectrum), state.spectrum, np.sort(leading)),
             subspace_state=jax.tree.map(coordinates, state.subspace_state, like.subspace_state),
             base_state=jax.tree.map(self.base_leaf, state.base_state, like.base_state),
             probing=probing,
@@ -169,6 +170,17 @@ class _Move(NamedTuple):
             return x
         flat, size = x.reshape(-1), math.prod(like.shape)
         return np.pad(flat[:size], (0, max(size - flat.size, 0))).reshape(like.shape)
+
+
+def _resized_orthonormalizer(resized: Spectrum, old: Spectrum, kept: np.ndarray) -> Spectrum:
+    """`resized`, of the pairs that are `kept` of an old spectrum and of new ones, with the orthonormalizer of those."""
+    if old.orthonormalizer is None or resized.mask.shape == old.mask.shape:
+        return resized
+    lower = np.linalg.inv(np.float64(old.orthonormalizer))
+    gram = np.eye(resized.mask.size)
+    gram[: kept.size, : kept.size] = (lower @ lower.T)[np.ix_(kept, kept)]
+    new = np.linalg.inv(np.linalg.cholesky(gram))
+    return resized._replace(orthonormalizer=new.astype(old.orthonormalizer.dtype))
 
 
 def _sizes(probing: Probing) -> tuple[int, ...]:

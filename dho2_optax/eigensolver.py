@@ -25,12 +25,54 @@ class Spectrum(NamedTuple):
     r"""Extreme eigenpairs :math:`A v_i \approx \lambda_i v_i`.
 
     Ordered by decreasing magnitude, or for algebraic selection the smallest and then the largest, each ascending.
+
+    Eigenvectors may be stored in a dtype shorter than float32, bfloat16 say. Then rows :math:`\tilde V` are stored that
+    are orthonormal to its rounding only, and the eigenvectors are :math:`V = L \tilde V`, with a matrix :math:`L` in
+    float32 for which :math:`V V^\top = I` to the rounding of float32.
     """
 
     eigenvalues: jax.Array  # shape=(k,): Ritz values, masked ones included
-    eigenvectors: Stack  # k rows, orthonormal; rows masked out are zero
+    eigenvectors: Stack  # k rows, orthonormal once multiplied by the orthonormalizer; rows masked out are zero
     residuals: jax.Array  # shape=(k,): |A v - lambda v|
     mask: jax.Array  # shape=(k,), dtype=bool: pairs that may be used
+    orthonormalizer: Any = None  # L, shape=(k, k); None, for the identity, where no row is short
+
+    def combine(self, coefficients: jax.Array) -> Vector:
+        r""":math:`\sum_i c_i v_i`; of a matrix of coefficients, a stack."""
+        return vectors.combine(_times(coefficients, self.orthonormalizer), self.eigenvectors)
+
+    def dots(self, vector: Vector, axis_name: str | None = None) -> jax.Array:
+        r"""``(k,)`` inner products :math:`\langle v_i, x \rangle`."""
+        return self.of_rows(vectors.dots(self.eigenvectors, vector, axis_name))
+
+    def of_rows(self, products: jax.Array) -> jax.Array:
+        """Products with the eigenvectors, along the leading axis, of those with the rows that are stored."""
+        if self.orthonormalizer is None:
+            return products
+        return jnp.matmul(self.orthonormalizer, products, precision=jax.lax.Precision.HIGHEST)
+
+    def orthonormal(self) -> Spectrum:
+        """The same with the eigenvectors themselves as rows."""
+        if self.orthonormalizer is None:
+            return self
+        return self._replace(eigenvectors=self.combine(jnp.eye(self.mask.size)), orthonormalizer=None)
+
+
+def _times(coefficients: jax.Array, matrix: jax.Array | None) -> jax.Array:
+    if matrix is None:
+        return coefficients
+    return jnp.matmul(coefficients.astype(matrix.dtype), matrix, precision=jax.lax.Precision.HIGHEST)
+
+
+def orthonormalizer(gram: jax.Array) -> jax.Array:
+    r"""The inverse of the Cholesky factor of the inner products of some rows, some of which may be zero.
+
+    Example:
+      >>> orthonormalizer(jnp.diag(jnp.asarray([4.0, 0.0]))).tolist()
+      [[0.5, 0.0], [0.0, 1.0]]
+    """
+    lower = jnp.linalg.cholesky(gram + jnp.diag(jnp.where(jnp.diagonal(gram) == 0, 1, 0).astype(gram.dtype)))
+    return jax.scipy.linalg.solve_triangular(lower, jnp.eye(len(gram), dtype=gram.dtype), lower=True)
 
 
 def check_search(num_smallest: Any, order: Any, select: Any) -> None:
@@ -81,7 +123,17 @@ def zero_spectrum(num_pairs: int, like: Vector, dtype: Any = None) -> Spectrum:
     eigenvectors = vectors.zero_stack(num_pairs, like, dtype)
     dtype = vectors.accumulation_dtype(eigenvectors)
     # No array stands for two fields: a state with shared buffers could not be donated.
-    return Spectrum(jnp.zeros(num_pairs, dtype), eigenvectors, jnp.zeros(num_pairs, dtype), jnp.zeros(num_pairs, bool))
+    return Spectrum(
+        jnp.zeros(num_pairs, dtype),
+        eigenvectors,
+        jnp.zeros(num_pairs, dtype),
+        jnp.zeros(num_pairs, bool),
+        jnp.eye(num_pairs, dtype=dtype) if _is_short(eigenvectors) else None,
+    )
+
+
+def _is_short(stack: Stack) -> bool:
+    return any(vectors.is_short(x.dtype) for x in jax.tree.leaves(stack))
 
 
 def selected(pairs: RitzPairs, rank: int, num_smallest: int, select: Select) -> tuple[jax.Array, jax.Array]:
@@ -143,10 +195,21 @@ def usable(
     return mask & ~is_null(magnitude) if drop_null else mask
 
 
-def publish(process: LanczosState, found: Wanted, mask: jax.Array) -> Spectrum:
-    """The wanted pairs of a Lanczos process, with the vectors of those in `mask`; one pass over its basis."""
+def publish(process: LanczosState, found: Wanted, mask: jax.Array, axis_name: str | None = None) -> Spectrum:
+    """The wanted pairs of a Lanczos process, with the vectors of those in `mask`; one pass over its basis.
+
+    Of a basis that is stored in a short dtype one pass for each, and then their inner products, summed over the axis.
+    """
     rotation = jnp.where(mask[:, None], found.coefficients, 0)
-    return Spectrum(found.values, vectors.combine(rotation, process.basis), found.residuals, mask)
+    if not _is_short(process.basis):
+        return Spectrum(found.values, vectors.combine(rotation, process.basis), found.residuals, mask)
+
+    def stored(coefficients: jax.Array) -> Vector:
+        return vectors.cast_like(vectors.combine(coefficients, process.basis), process.basis)
+
+    rows = jax.lax.map(stored, rotation)
+    lower = orthonormalizer(vectors.gram(rows, rows, axis_name))
+    return Spectrum(found.values, rows, found.residuals, mask, lower)
 
 
 def with_rayleigh_quotients(spectrum: Spectrum, matvec: Callable[[Vector], Vector], axis_name: str | None) -> Spectrum:
@@ -159,7 +222,12 @@ def with_rayleigh_quotients(spectrum: Spectrum, matvec: Callable[[Vector], Vecto
     def quotient(vector: Vector) -> jax.Array:
         return vectors.dot(vector, matvec(vector), axis_name)
 
-    quotients = jax.lax.map(quotient, spectrum.eigenvectors).astype(spectrum.eigenvalues.dtype)
+    if spectrum.orthonormalizer is None:
+        quotients = jax.lax.map(quotient, spectrum.eigenvectors)
+    else:
+        units = jnp.eye(spectrum.mask.size)
+        quotients = jax.lax.map(lambda unit: quotient(spectrum.combine(unit)), units)
+    quotients = quotients.astype(spectrum.eigenvalues.dtype)
     return spectrum._replace(eigenvalues=jnp.where(spectrum.mask, quotients, spectrum.eigenvalues))
 
 
@@ -171,7 +239,7 @@ def warm_start(spectrum: Spectrum, noise: Vector, carry: Callable[[Vector], Vect
     """
     weights = spectrum.mask.astype(spectrum.eigenvalues.dtype)
     weights = weights / jnp.sqrt(jnp.maximum(jnp.sum(weights), 1))
-    old = carry(vectors.combine(weights, spectrum.eigenvectors))
+    old = carry(spectrum.combine(weights))
     return jax.tree.map(lambda o, x: o.astype(x.dtype) + _START_NOISE * x, old, noise)
 
 

@@ -10,8 +10,15 @@ three-term recurrence, and against the whole basis. In float32 that keeps :math:
 float64 is needed. Where the basis fills a good part of the space a further pass follows ("twice is enough": Daniel,
 Gragg, Kaufman, Stewart, Math. Comp. 30 (1976)).
 
+A basis may be stored in a dtype shorter than float32, bfloat16 say. Rounding is then a part of the basis and not of the
+arithmetic: what is multiplied by the operator, and what all else is orthogonalised against, are the rows as they are
+stored, and the projected matrix is theirs. They are orthonormal to the rounding :math:`\epsilon` of that dtype. So a
+pass leaves a part :math:`\epsilon` of what it takes out, and there is one more against the whole basis. It comes before
+the question whether the space is invariant, since the first pass leaves :math:`\epsilon` of a product even where it is.
+What rounding takes off a new row is missing from the space; it counts as residual, see :func:`rounded_off`.
+
 Vectors are packed (:mod:`dho2_optax.packing`), possibly in segment form over a mesh axis. A matvec then adds four
-``psum``s of at most ``order`` numbers.
+``psum``s of at most ``order`` numbers, and one more where the basis is short.
 """
 
 from collections.abc import Callable
@@ -46,9 +53,12 @@ class LanczosState(NamedTuple):
 
     @property
     def vector(self) -> Vector:
-        """The next vector to be multiplied, row `count`: of unit norm, or zero once the space is exhausted."""
+        """The next vector to be multiplied, row `count`: of unit norm, or zero once the space is exhausted.
+
+        As it is stored, in at least float32.
+        """
         order = self.projected.shape[0]
-        return vectors.row(self.basis, jnp.minimum(self.count, order - 1))
+        return vectors.lengthened(vectors.row(self.basis, jnp.minimum(self.count, order - 1)))
 
 
 class RitzPairs(NamedTuple):
@@ -144,7 +154,7 @@ def extend(state: LanczosState, product: Vector, layout: Layout, *, confine: boo
     shrink = jnp.where(shrinks, lax.rsqrt(jnp.where(shrinks, square, 1)), 1)
     alpha, unit = alpha * shrink**2, size * shrink
     vector = jax.tree.map(lambda x, q: jnp.where(shrinks, shrink.astype(q.dtype) * x, q), live, vector)
-    basis, previous = state.basis, vectors.row(state.basis, jnp.maximum(j - 1, 0))
+    basis, previous = state.basis, vectors.lengthened(vectors.row(state.basis, jnp.maximum(j - 1, 0)))
 
     # The first pass, by the three-term recurrence, in that unit: w - alpha_j q_j - beta_{j-1} q_{j-1}.
     inverse_size, inverse_unit = (jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0) for x in (size, unit))
@@ -155,11 +165,16 @@ def extend(state: LanczosState, product: Vector, layout: Layout, *, confine: boo
         return w.astype(q.dtype)
 
     w = jax.tree.map(subtract, product, vector, previous)
-    added = vectors.norm(w, axis_name)
+    shortest = [float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(basis) if vectors.is_short(x.dtype)]
+    if shortest:
+        least, rounding = max(shortest) ** 2, max(shortest)
+        w, early, added = _project_out(basis, j, vector, w, axis_name)
+    else:
+        least, rounding, early, added = _BREAKDOWN * limits.eps, limits.eps, None, vectors.norm(w, axis_name)
     scale = jnp.maximum(state.scale, jnp.where(lost, jnp.nan, unit * jnp.sqrt(added**2 + a**2 + b**2)))
 
     # Breakdown: the basis spans an invariant subspace. Go on from a random vector.
-    breakdown = unit * added <= _BREAKDOWN * limits.eps * scale
+    breakdown = unit * added <= least * scale
 
     def fresh(w: Vector) -> tuple[Vector, jax.Array]:
         random = vectors.cast_like(layout.noise(state.seed + j.astype(jnp.uint32) + 1), w)
@@ -175,7 +190,7 @@ def extend(state: LanczosState, product: Vector, layout: Layout, *, confine: boo
         # In a small space little of a vector is left; what is must be orthogonalised again.
         w, more, norm = _project_out(basis, j, vector, w, axis_name)
         column = column + more
-    exhausted = norm <= jnp.sqrt(limits.eps) * norm_before
+    exhausted = norm <= jnp.sqrt(rounding) * norm_before
     beta = jnp.where(lost, jnp.nan, jnp.where(breakdown | exhausted, 0, unit * norm))
     usable = ~exhausted & ~lost & jnp.isfinite(norm)
     inverse = jnp.where(usable, 1 / jnp.where(usable, norm, 1), 0)
@@ -186,6 +201,7 @@ def extend(state: LanczosState, product: Vector, layout: Layout, *, confine: boo
 
     row = jnp.arange(order)
     column = jnp.where(breakdown, 0, unit * column)
+    column = column if early is None else column + unit * early
     for at, value in ((j, alpha), (j - 1, state.beta), (j + 1, beta)):
         column = column + jnp.where(row == at, value, 0)
     return LanczosState(
@@ -198,6 +214,19 @@ def extend(state: LanczosState, product: Vector, layout: Layout, *, confine: boo
         exhausted=exhausted,
         seed=state.seed,
     )
+
+
+def rounded_off(state: LanczosState, dtype: Any) -> jax.typing.ArrayLike:
+    r"""``(order,)`` norms of what is missing of the products of rows, where rows are stored in a short `dtype`.
+
+    Of :math:`\beta_j q_{j+1}`, the part of a product that is new, rounding takes off a vector of the norm
+    :math:`\epsilon \beta_j` at most, with :math:`\epsilon` half of the distance of 1 to the next number. Zero for other
+    dtypes.
+    """
+    if not vectors.is_short(dtype):
+        return 0.0
+    new = jnp.diagonal(state.projected, -1)
+    return jnp.append(float(jnp.finfo(dtype).eps) / 2 * jnp.abs(new), jnp.zeros((), new.dtype))
 
 
 def ritz(state: LanczosState, first: jax.typing.ArrayLike = 0, left: jax.typing.ArrayLike = 0.0) -> RitzPairs:

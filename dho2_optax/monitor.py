@@ -103,8 +103,9 @@ def get_spectrum(state: Any, params: Any = None) -> Spectrum:
         that are hidden from the optimizer.
 
     Returns:
-      The spectrum, eigenvectors stacked in a pytree like `params`. Without `params` eigenvectors are packed as the
-      state holds them, in a few buffers.
+      The spectrum, eigenvectors stacked in a pytree like `params`, in at least float32. Without `params` as the state
+      holds it, eigenvectors packed in a few buffers; of a short `basis_dtype` those are rows that are orthonormal once
+      multiplied by the `orthonormalizer`.
 
     Raises:
       ValueError: if `state` does not hold exactly one such optimizer.
@@ -121,6 +122,7 @@ def get_spectrum(state: Any, params: Any = None) -> Spectrum:
     if params is None:
         return spectrum
     layout = of_stack(spectrum.eigenvectors, as_arrays(unwrapped(params)))
+    spectrum = spectrum.orthonormal()
     return spectrum._replace(eigenvectors=jax.vmap(layout.unpack)(spectrum.eigenvectors))
 
 
@@ -157,4 +159,5 @@ def orthogonality_error(state: Any, axis_name: str | None = None) -> jax.Array:
             f"`state` must be one state, got one of shape {found.mask.shape[:-1]}; call this inside of vmap or pmap."
         )
     products = vectors.gram(found.eigenvectors, found.eigenvectors, axis_name)
+    products = found.of_rows(found.of_rows(products).T)
     return jnp.max(jnp.abs(products - jnp.diag(found.mask.astype(products.dtype))), initial=0)

@@ -88,7 +88,8 @@ class Solver(NamedTuple):
 
     def look(self, process: LanczosState) -> tuple[Wanted, jax.Array]:
         """The wanted pairs that a process has found, and whether they suffice, so that it need not go on."""
-        found = eigensolver.wanted(krylov.ritz(process), self.rank, self.num_smallest, self.select)
+        pairs = krylov.ritz(process, left=krylov.rounded_off(process, self.basis_dtype))
+        found = eigensolver.wanted(pairs, self.rank, self.num_smallest, self.select)
         return found, jnp.all(eigensolver.usable(found, self.tolerance))
 
     def sure(self, found: Wanted, partial: ArrayLike = False) -> jax.Array:
@@ -97,7 +98,7 @@ class Solver(NamedTuple):
 
     def publish(self, process: LanczosState, found: Wanted, partial: ArrayLike = False) -> Spectrum:
         """The eigenpairs that a process has found."""
-        return eigensolver.publish(process, found, self.sure(found, partial))
+        return eigensolver.publish(process, found, self.sure(found, partial), self.axis_name)
 
 
 def make_solver(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dho2_optax import arguments, counters, programs, segments
+from dho2_optax import arguments, counters, programs, segments, vectors
 from dho2_optax import curvature as curvature_lib
 from dho2_optax.curvature import BatchSize, LossFn, Operator
 from dho2_optax.eigensolver import Spectrum, zero_spectrum
@@ -509,7 +509,8 @@ class CurvatureGroup:
 
     def _spectrum_specs(self) -> Spectrum:
         whole: Any = PartitionSpec()
-        return Spectrum(whole, PartitionSpec(None, self._axis_name), whole, whole)
+        short = whole if vectors.is_short(self._solver.basis_dtype) else None
+        return Spectrum(whole, PartitionSpec(None, self._axis_name), whole, whole, short)
 
     def _empty(self, params: Any) -> Spectrum:
         solver = self._solver
@@ -580,11 +581,20 @@ class CurvatureGroup:
                 f"`rank` + `num_smallest` must be those of the optimizer, {ours.spectrum.eigenvalues.size}, got "
                 f"{found.eigenvalues.size}."
             )
+        got, wanted = ({x.dtype for x in rows} for rows in (found.eigenvectors, target))
+        if got != wanted:
+            raise ValueError(f"`basis_dtype` must be that of the optimizer, {_names(wanted)}, got {_names(got)}.")
         replicated: Any = ours.spectrum.eigenvalues.sharding
         eigenvectors = self._relayout(found.eigenvectors, target, params)
         moved = jax.device_put(
             found._replace(eigenvectors=eigenvectors),
-            Spectrum(replicated, jax.tree.map(lambda x: x.sharding, target), replicated, replicated),
+            Spectrum(
+                replicated,
+                jax.tree.map(lambda x: x.sharding, target),
+                replicated,
+                replicated,
+                None if found.orthonormalizer is None else replicated,
+            ),
         )
         if self._deliver is None:
             damping, metric, axis_name = self._solver.damping, self._metric, self._optimizers_axis(ours, params)
@@ -630,6 +640,10 @@ class CurvatureGroup:
                 out_shardings=NamedSharding(self._mesh, PartitionSpec()),
             )
         return self._convert(found)
+
+
+def _names(dtypes: set[Any]) -> str:
+    return " and ".join(sorted(map(str, dtypes)))
 
 
 def _as_the_optimizer(

@@ -103,6 +103,7 @@ def missed_curvature(old: Spectrum, new: Spectrum, axis_name: str | None) -> jax
     may have changed between them.
     """
     overlap = vectors.gram(old.eigenvectors, new.eigenvectors, axis_name)
+    overlap = new.of_rows(old.of_rows(overlap).T).T if new.orthonormalizer is not None else overlap
     root = jnp.sqrt(jnp.where(new.mask, jnp.abs(new.eigenvalues), 0))
     inside = jnp.matmul(overlap.T, overlap, precision=jax.lax.Precision.HIGHEST)
     outside = root[:, None] * (jnp.eye(root.size, dtype=root.dtype) - inside) * root
@@ -168,8 +169,8 @@ def rotate_state(
         if leaf.shape != (num_pairs,) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
         # By way of the whole space: two passes over the eigenvectors, where R itself would take k of them.
-        direction = carry(vectors.combine(before * leaf.astype(old.eigenvalues.dtype), old.eigenvectors))
-        rotated = after * vectors.dots(new.eigenvectors, direction, axis_name)
+        direction = carry(old.combine(before * leaf.astype(old.eigenvalues.dtype)))
+        rotated = after * new.dots(direction, axis_name)
         return jnp.where(jnp.isfinite(rotated), rotated, 0).astype(leaf.dtype)
 
     return jax.tree.map(rotate, state)
@@ -281,10 +282,9 @@ def hybrid_step(
       geometry: the metric that the eigenpairs belong to.
       momentum_of: reads the base's momentum, in segment form, from its state and the gradient that it was fed.
     """
-    eigenvectors = spectrum.eigenvectors
     flat_gradient = geometry.half(gradient)
     lengths = [gradient, flat_gradient]
-    coordinates, square = _dots_and_squares(eigenvectors, flat_gradient, lengths, axis_name)
+    coordinates, square = _dots_and_squares(spectrum, flat_gradient, lengths, axis_name)
     share = _share(coordinates, square[1])
     kept = trusted = jnp.all(jnp.isfinite(coordinates))
     if bounds is not None:
@@ -295,14 +295,14 @@ def hybrid_step(
     newton, new_state = subspace.update(coordinates, subspace_state)
     subspace_state = jax.tree.map(lambda new, old: jnp.where(trusted, new, old), new_state, subspace_state)
 
-    steep = geometry.inverse_half(vectors.combine(coordinates, eigenvectors))
+    steep = geometry.inverse_half(spectrum.combine(coordinates))
     complement = vectors.subtract(gradient, steep)
     base_update, base_state = base_step(complement)
 
     flat_update = geometry.inverse_half(base_update)
     momentum = momentum_of(base_state, complement)
     lengths = [flat_update, geometry.half(momentum.vector)]
-    inside, squares = _dots_and_squares(eigenvectors, flat_update, lengths, axis_name)
+    inside, squares = _dots_and_squares(spectrum, flat_update, lengths, axis_name)
     inside = jnp.where(kept & jnp.isfinite(inside), inside, 0)
     tolerable = tolerable_curvature(squares[0], squares[1], momentum.limit)
     sigma = factor = scale(tolerable)
@@ -319,7 +319,7 @@ def hybrid_step(
         sigma = jnp.where(trusted, sigma, 1)
         factor = sigma * bounds.brake
     newton = jnp.where(kept, jnp.asarray(newton), 0) * inverse_eigenvalues(spectrum, damping, least)
-    correction = geometry.half(vectors.combine(factor * inside + alpha * newton, eigenvectors))
+    correction = geometry.half(spectrum.combine(factor * inside + alpha * newton))
 
     def assemble(d: jax.Array, v: jax.Array) -> jax.Array:
         return (factor.astype(v.dtype) * d.astype(v.dtype) - v).astype(d.dtype)
@@ -337,11 +337,11 @@ def _share(coordinates: jax.Array, square: jax.Array) -> jax.Array:
 
 
 def _dots_and_squares(
-    stack: Any, vector: Vector, others: list[Vector], axis_name: str | None
+    spectrum: Spectrum, vector: Vector, others: list[Vector], axis_name: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Inner products of a stack's rows with a vector, and the squared norms of others, in one sum over the axis."""
-    inside = vectors.dots(stack, vector)
+    """Inner products of the eigenvectors with a vector, and the squared norms of others, in one sum over the axis."""
+    inside = vectors.dots(spectrum.eigenvectors, vector)
     squares = jnp.stack([vectors.dot(x, x).astype(inside.dtype) for x in others])
     sums = jnp.concatenate([inside, squares])
     sums = sums if axis_name is None else jax.lax.psum(sums, axis_name)
-    return sums[: inside.size], sums[inside.size :]
+    return spectrum.of_rows(sums[: inside.size]), sums[inside.size :]

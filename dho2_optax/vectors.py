@@ -6,6 +6,9 @@ of length ``m`` on every leaf. Nothing is raveled into one flat array: leaves ke
 Where a vector is split over the devices of a mesh axis, every device holds a segment of each leaf, and
 ``axis_name`` names that axis. Only :func:`dots` and what is built on it communicate: one ``psum`` of a
 few numbers each.
+
+Stacks may be of a dtype shorter than float32. That is what they are stored in, and nothing is computed in it: each
+number is converted on its way into a product, and products and sums are float32.
 """
 
 from typing import Any
@@ -33,6 +36,16 @@ def unwrapped(tree: Any) -> Any:
 def at_least_float32(dtype: Any) -> jnp.dtype:
     """`dtype`, or float32 for the shorter ones; a rule of its own, since strict dtype promotion refuses to mix."""
     return jnp.dtype(jnp.float32) if jnp.dtype(dtype).itemsize < 4 else jnp.dtype(dtype)
+
+
+def is_short(dtype: Any) -> bool:
+    """Whether `dtype` is shorter than float32, so that nothing is computed in it."""
+    return dtype is not None and at_least_float32(dtype) != jnp.dtype(dtype)
+
+
+def lengthened(tree: Vector) -> Vector:
+    """`tree` with its leaves in at least float32."""
+    return jax.tree.map(lambda x: x.astype(at_least_float32(x.dtype)), tree)
 
 
 def accumulation_dtype(tree: Vector) -> jnp.dtype:
@@ -90,6 +103,9 @@ def is_explicitly_sharded(x: jax.Array) -> bool:
 def _contract(stack: jax.Array, other: jax.Array, dtype: Any) -> jax.Array:
     """Inner products of the rows of one leaf with another leaf."""
     axes = tuple(range(1, stack.ndim))
+    if is_short(stack.dtype):
+        # A product would be one with a copy of the stack in `dtype`; this is one pass over it as it is.
+        return jnp.sum(stack.astype(dtype) * other.astype(dtype), axis=axes)
     dimension_numbers = ((axes, tuple(a - 1 for a in axes)), ((), ()))
     # Explicitly sharded leaves have to be told where the sum over shards goes: to every device.
     sharded = is_explicitly_sharded(stack) or is_explicitly_sharded(other)
@@ -139,9 +155,22 @@ def norm(x: Vector, axis_name: str | None = None) -> jax.Array:
 
 
 def combine(coefficients: jax.Array, stack: Stack) -> Vector:
-    r""":math:`\sum_i a_i s_i`, one pass over the stack; a matrix of coefficients gives a stack."""
+    r""":math:`\sum_i a_i s_i`, one pass over the stack; a matrix of coefficients gives a stack.
+
+    In at least float32, also of a stack in a shorter dtype.
+    """
+
+    def of_short(a: jax.Array, s: jax.Array) -> jax.Array:
+        if a.ndim > 1:
+            return lax.map(lambda row: of_short(row, s), a)
+        # Term by term: the compiler makes one pass of it, without a copy of the stack in another dtype.
+        dtype = at_least_float32(s.dtype)
+        terms = [a[i].astype(dtype) * s[i].astype(dtype) for i in range(s.shape[0])]
+        return sum(terms[1:], start=terms[0])
 
     def leaf(s: jax.Array) -> jax.Array:
+        if is_short(s.dtype):
+            return of_short(coefficients, s)
         return lax.dot_general(
             coefficients.astype(s.dtype),
             s,

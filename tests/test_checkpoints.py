@@ -241,7 +241,7 @@ _WRONG: dict[str, tuple[Any, str]] = {
     ),
     "another dtype": (
         lambda: _synchronous(eigensolver=dho2.Eigensolver(basis_dtype=jnp.bfloat16)).init(_PARAMS),
-        r"at `spectrum.eigenvectors.0` it has bfloat16.* another `rank`, `num_smallest`, `basis_dtype` or parameters",
+        r"it has `spectrum.orthonormalizer`.* another `rank`, `num_smallest`, `basis_dtype` or parameters",
     ),
     "not complete": (
         lambda: _without(_trained()[1], "bounds"),
