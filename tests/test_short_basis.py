@@ -161,6 +161,7 @@ def test_an_optimizer_learns_as_with_eigenvectors_in_float32(kind):
     active = np.asarray(state.spectrum.mask)
     assert active.sum() >= _RANK - 2
     np.testing.assert_allclose(rows @ rows.T, np.diag(active), atol=1e-5)
+    assert dho2.orthogonality_error(state) < 1e-5
 
 
 @pytest.mark.parametrize(
