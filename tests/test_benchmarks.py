@@ -669,7 +669,9 @@ def test_a_rule_that_is_left_out_is_in_force_again_afterwards(name):
 
 @pytest.mark.slow
 def test_the_rules_are_compared(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bounds, "HEALTHY", {"logistic": bounds.Healthy("logistic", "dho2_adam", 2000, 0.01, 40)})
+    # The digits of the package, since Fashion-MNIST is not on every machine.
+    monkeypatch.setattr(bounds.tasks, "Sources", functools.partial(tasks.Sources, data="digits"))
+    monkeypatch.setattr(bounds, "HEALTHY", {"logistic": bounds.Healthy("logistic", "dho2_adam", 1000, 0.01, 40)})
     monkeypatch.setattr(bounds, "HOSTILE", {"problems": ["least squares"], "bases": ["adam"], "hybrids": ["dho2"]})
     rules = ["as it is", "eigenvalues fall by half at most, in place of the three"]
     out = tmp_path / "bounds.json"
