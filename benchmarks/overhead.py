@@ -19,7 +19,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,10 @@ RANK = 8
 ORDER = 16
 
 
-def init_params(key: jax.Array) -> list[dict[str, jax.Array]]:
+def init_params(key: jax.Array, sizes: Sequence[int] = SIZES) -> list[dict[str, jax.Array]]:
     """He-initialised weights."""
-    keys = jax.random.split(key, len(SIZES) - 1)
-    pairs = zip(keys, SIZES[:-1], SIZES[1:], strict=True)
+    keys = jax.random.split(key, len(sizes) - 1)
+    pairs = zip(keys, sizes[:-1], sizes[1:], strict=True)
     return [{"w": jax.random.normal(k, (a, b)) * np.sqrt(2 / a), "b": jnp.zeros(b)} for k, a, b in pairs]
 
 

@@ -23,7 +23,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import dho2_optax as dho2
-from benchmarks import machine, memory
+from benchmarks import machine, memory, overhead
 from dho2_optax import hardware, planner, programs
 from dho2_optax.hardware import HARDWARE, Hardware
 
@@ -62,13 +62,6 @@ CASES = (
     Case((512, 1024, 256), 512, 4, 8, 2),
     Case((256, 512, 256), 512, 8, 16, 4),
 )
-
-
-def init_params(sizes: Sequence[int]) -> list[dict[str, jax.Array]]:
-    """Weights of a dense network."""
-    keys = jax.random.split(jax.random.key(0), len(sizes) - 1)
-    pairs = zip(keys, itertools.pairwise(sizes), strict=True)
-    return [{"w": jax.random.normal(k, (a, b)) * np.sqrt(2 / a), "b": jnp.zeros(b)} for k, (a, b) in pairs]
 
 
 def loss_fn(params: list[dict[str, jax.Array]], batch: jax.Array) -> jax.Array:
@@ -135,7 +128,7 @@ class Updater:
 
 def timed(case: Case, repeats: int, clock: Callable[[], float]) -> dict[str, Any]:
     """A row: what this machine does, and what an update and a refresh took."""
-    params = init_params(case.sizes)
+    params = overhead.init_params(jax.random.key(0), case.sizes)
     batch = jax.random.normal(jax.random.key(1), (case.batch_size, case.sizes[0]))
     updater = Updater(case, params, batch, clock)
     speeds = hardware.measure(
@@ -159,22 +152,18 @@ PROGRAMS: tuple[tuple[planner.FormName, int, int, int], ...] = (
 """Form, devices, rank and order of these."""
 
 
-def _stand_in(params: Any, batch: jax.Array) -> jax.Array:
-    return jnp.mean(batch) * sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(params))
-
-
 def compiled(form: planner.FormName, devices: int, rank: int, order: int) -> dict[str, Any]:
     """A row of memory, of a program compiled here: an update on one device without a mesh, or a curvature group."""
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in SHAPES]
     batch = jax.ShapeDtypeStruct((8 * devices,), jnp.float32)
     options: dict[str, Any] = {"rank": rank, "eigensolver": dho2.Eigensolver(order=order)}
     if form == "group":
-        group = dho2.CurvatureGroup(_stand_in, devices=jax.devices()[:devices], **options)
+        group = dho2.CurvatureGroup(memory.stand_in, devices=jax.devices()[:devices], **options)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, batch))
         total = group.memory(*zeros).total
     else:
         make = dho2.dho2 if form == "synchronous" else dho2.mr_dho2
-        tx = make(optax.adam(1e-3), _stand_in, **options)
+        tx = make(optax.adam(1e-3), memory.stand_in, **options)
 
         def step(params: Any, state: Any, grads: Any, batch: Any) -> tuple[Any, Any]:
             updates, state = tx.update(grads, state, params, batch=batch)

@@ -535,18 +535,16 @@ def _default_devices(available: int) -> int:
 def _tasks(options: argparse.Namespace) -> list["Task"]:
     from dho2_optax.poc import data, models, tasks
 
-    if options.task is not None:
-        if options.model is not None or options.data is not None:
-            raise _UsageError("--task brings its own model and data: drop --model and --data")
-        try:
-            return [tasks.from_function(options.task)]
-        except tasks.TaskError as error:
-            raise _UsageError(str(error)) from error
     names = options.model or tuple(n for n in _DEFAULT_MODELS if options.data is None or n != models.PINN)
-    known = (models.PINN, *models.MODELS)
-    for name in names:
-        if name not in known:
-            raise _UsageError(f"unknown model {name!r}: choose from {', '.join(known)}")
+    try:
+        if options.task is not None:
+            if options.model is not None or options.data is not None:
+                raise _UsageError("--task brings its own model and data: drop --model and --data")
+            return [tasks.from_function(options.task)]
+        for name in names:
+            tasks.check_model(name)
+    except tasks.TaskError as error:
+        raise _UsageError(str(error)) from error
     if models.PINN in names and options.data is not None:
         raise _UsageError("--model pinn solves an equation and reads no data: drop it or --data")
     try:

@@ -177,9 +177,7 @@ def _work(options: argparse.Namespace) -> _Work:
         raise PlanError(f'{missing[0]} is missing: pip install "dho2_optax[poc]"')
     from dho2_optax.poc import data, models, tasks
 
-    known = (models.PINN, *models.MODELS)
-    if options.model not in known:
-        raise PlanError(f"unknown model {options.model!r}: choose from {', '.join(known)}")
+    tasks.check_model(options.model)
     task = tasks.pinn() if options.model == models.PINN else tasks.from_dataset(options.model, data.load("digits"))
     params = task.init(jax.random.key(0)) if options.measure else jax.eval_shape(task.init, jax.random.key(0))
     size = min(task.batch_size, task.num_train)

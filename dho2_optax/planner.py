@@ -425,6 +425,15 @@ class _Job(NamedTuple):
         touched += _WHOLE_VECTORS * self.sizes.whole * (devices > 1)
         return work + touched / speeds.bandwidth + exchange(speeds, devices, self.exchanged())
 
+    def step(self, rank: int, devices: int) -> float:
+        """Seconds of a step without curvature products, on so many of the devices."""
+        return self.gradient(self.batch_size, devices) + self.averaged(devices) + self.update(rank, devices)
+
+    def refresh(self, choice: _Choice, devices: int) -> float:
+        """Seconds of all of a refresh, on so many of the devices."""
+        products = choice.order * self.product(choice.part, choice.order, devices)
+        return products + self.publication(choice.rank, choice.order, devices)
+
     def exchanged(self) -> float:
         """Bytes of the collectives of a product: on TPU the compiler makes an all-reduce of its reduce-scatter."""
         return (3 if self.hardware.axes else 2) * self.sizes.whole
@@ -477,10 +486,7 @@ def _sent(size: float, devices: int) -> float:
 
 
 def _synchronous(job: _Job, choice: _Choice) -> Form:
-    devices = job.devices
-    step = job.gradient(job.batch_size, devices) + job.averaged(devices) + job.update(choice.rank, devices)
-    product = job.product(choice.part, choice.order, devices)
-    refresh = choice.order * product + job.publication(choice.rank, choice.order, devices)
+    step, refresh = job.step(choice.rank, job.devices), job.refresh(choice, job.devices)
     return _form(
         job,
         choice,
@@ -494,19 +500,18 @@ def _synchronous(job: _Job, choice: _Choice) -> Form:
 
 def _streaming(job: _Job, choice: _Choice) -> Form:
     """As many products, one every few updates."""
-    devices, base = job.devices, _synchronous(job, choice)
-    product = job.product(choice.part, choice.order, devices)
+    devices = job.devices
+    step, product = job.step(choice.rank, devices), job.product(choice.part, choice.order, devices)
     publication = job.publication(choice.rank, choice.order, devices)
     every = max(choice.interval / choice.order, 1.0)
-    mean = base.step_seconds + product / every + publication / (every * choice.order)
     return _form(
         job,
         choice,
         "streaming",
-        step_seconds=base.step_seconds,
-        refresh_seconds=base.refresh_seconds,
-        mean_seconds=mean,
-        longest_seconds=base.step_seconds + product + publication,
+        step_seconds=step,
+        refresh_seconds=job.refresh(choice, devices),
+        mean_seconds=step + product / every + publication / (every * choice.order),
+        longest_seconds=step + product + publication,
     )
 
 
@@ -514,9 +519,7 @@ def _group(job: _Job, choice: _Choice, curvature_devices: int) -> Form:
     """A process of its own takes whole refreshes on some of the devices; others wait for none of it."""
     training = job.devices - curvature_devices
     speeds = job.hardware.at(job.devices)
-    step = job.gradient(job.batch_size, training) + job.averaged(training) + job.update(choice.rank, training)
-    product = job.product(choice.part, choice.order, curvature_devices)
-    refresh = choice.order * product + job.publication(choice.rank, choice.order, curvature_devices)
+    step, refresh = job.step(choice.rank, training), job.refresh(choice, curvature_devices)
     installed = job.publication(choice.rank, 0, training)
     installed += (choice.rank + 1) * job.sizes.split(training) / (speeds.links / 2)
     every = max(choice.interval, math.ceil(refresh / step))

@@ -16,7 +16,7 @@ import optax
 from dho2_optax.poc import equations, models, system
 from dho2_optax.poc.data import DIGITS, Dataset
 
-__all__ = ["Task", "TaskError", "from_dataset", "from_equation", "from_function", "of_points", "pinn"]
+__all__ = ["Task", "TaskError", "check_model", "from_dataset", "from_equation", "from_function", "of_points", "pinn"]
 
 _DIGITS_TARGET: dict[str, Any] = {
     "target": 0.05,
@@ -192,6 +192,17 @@ def pinn(num_points: int = 1024) -> Task:
     """
     task = from_equation(models.PINN, equations.convection(), num_points)
     return dataclasses.replace(task, num_steps=1000, rank=30, refresh_interval=100)
+
+
+def check_model(name: str) -> None:
+    """Refuse a name that is none of the built-in models.
+
+    Raises:
+      TaskError: says what there is.
+    """
+    known = (models.PINN, *models.MODELS)
+    if name not in known:
+        raise TaskError(f"unknown model {name!r}: choose from {', '.join(known)}")
 
 
 def from_function(reference: str) -> Task:
