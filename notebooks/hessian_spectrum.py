@@ -50,6 +50,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
 
 # %%
+import functools
+
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -59,14 +61,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
-from dho2_optax import krylov
-from dho2_optax.packing import Layout
+from dho2_optax import plots
 from dho2_optax.poc.data import load
 
-plt.rcParams.update({"axes.spines.right": False, "axes.spines.top": False, "axes.grid": True, "axes.axisbelow": True})
-plt.rcParams.update({"grid.color": "#e6e6e6", "legend.frameon": False, "figure.dpi": 90})
-plt.rcParams["figure.constrained_layout.use"] = True
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+plt.rcParams.update(plots.STYLE)
+plt.rcParams.update({"axes.axisbelow": True, "figure.dpi": 90, "figure.constrained_layout.use": True})
+BLUE, _, ORANGE, RED, GREEN, *_ = plots.COLOURS
 
 # %% [markdown]
 # ## Your model here
@@ -157,45 +157,20 @@ plt.show()
 
 
 # %%
-@jax.jit
-def quadrature(params, batch, seed, order=40):
-    """Nodes and weights of a process that starts at a random vector."""
-    layout, product = Layout(params, None), dho2.hessian(loss_fn)
-    process = krylov.start(layout.random(seed), order, seed=seed)
-
-    def extend(process, _):
-        vector = layout.unpack(process.vector)
-        return krylov.extend(process, layout.pack(product(params, vector, batch)), layout, confine=False), None
-
-    process, _ = jax.lax.scan(extend, process, None, length=order)
-    pairs = krylov.ritz(process)
-    return pairs.values, pairs.coefficients[0] ** 2
+@functools.partial(jax.jit, static_argnames="num_probes")
+def density(params, batch, num_probes=4):
+    product = dho2.hessian(loss_fn)
+    return dho2.spectral_density(lambda v: product(params, v, batch), params, order=40, num_probes=num_probes)
 
 
 # %% [markdown]
 # The mean over a few start vectors, each node blurred to a bump, is a picture of the density.
 
-
-# %%
-def density(params, starts=4, points=600):
-    found = [quadrature(params, batch, jnp.uint32(seed)) for seed in range(starts)]
-    nodes, weights = (np.concatenate(x) for x in zip(*found, strict=True))
-    span = nodes.max() - nodes.min()
-    at, width = np.linspace(nodes.min() - 0.05 * span, nodes.max() + 0.05 * span, points), 0.008 * span
-    bumps = np.exp(-0.5 * ((at[:, None] - nodes) / width) ** 2) / (width * np.sqrt(2 * np.pi))
-    return at, bumps @ (weights / starts)
-
-
 # %%
 figure, axes = plt.subplots(2, 2, figsize=(10, 5.6))
 for panel, (number, there) in zip(axes.flat, kept.items(), strict=True):
-    at, values = density(there)
-    panel.fill_between(at, values, 1e-4 * values.max(), color=BLUE, alpha=0.6, linewidth=0)
-    panel.set(yscale="log", ylim=(1e-4 * values.max(), 2 * values.max()), title=f"after {number} updates")
-for panel in axes[:, 0]:
-    panel.set_ylabel("density")
-for panel in axes[1]:
-    panel.set_xlabel("eigenvalue")
+    plots.density(density(there, batch), panel)
+    panel.set_title(f"after {number} updates")
 plt.show()
 
 # %% [markdown]
@@ -221,13 +196,13 @@ def dense(params, batch):
 
 
 exact = np.linalg.eigvalsh(np.asarray(dense(last, batch), np.float64))
-found = [quadrature(last, batch, jnp.uint32(seed)) for seed in range(8)]
-nodes, weights = (np.concatenate(x) for x in zip(*found, strict=True))
+found = density(last, batch, num_probes=8)
+nodes, weights = (np.ravel(x) for x in found)
 print(f"{len(exact)} eigenvalues, the largest {exact[-1]:.4f}; the largest node {nodes.max():.4f}")
 
 # %%
 order = np.argsort(-nodes)
-larger = len(exact) * np.cumsum(weights[order]) / len(found)
+larger = len(exact) * np.cumsum(weights[order]) / len(found.nodes)
 figure, panel = plt.subplots(figsize=(8, 3.6))
 panel.step(exact[::-1], np.arange(1, len(exact) + 1), color=RED, label="all eigenvalues", linewidth=3, alpha=0.6)
 panel.step(nodes[order], larger, color=BLUE, label="Lanczos quadrature, 8 x 40 products")

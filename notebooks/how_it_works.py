@@ -59,12 +59,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
+from dho2_optax import plots
 from dho2_optax.poc.data import load
 
-plt.rcParams.update({"axes.spines.right": False, "axes.spines.top": False, "axes.grid": True, "axes.axisbelow": True})
-plt.rcParams.update({"grid.color": "#e6e6e6", "legend.frameon": False, "figure.dpi": 90})
-plt.rcParams["figure.constrained_layout.use"] = True
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+plt.rcParams.update(plots.STYLE)
+plt.rcParams.update({"axes.axisbelow": True, "figure.dpi": 90, "figure.constrained_layout.use": True})
+BLUE, _, ORANGE, RED, GREEN, *_ = plots.COLOURS
 
 # %% [markdown]
 # ## The subspace
