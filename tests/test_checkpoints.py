@@ -295,10 +295,7 @@ def test_the_program_of_the_page_goes_on_with_other_devices(tmp_path):
 
     def run(folder, num_steps, num_devices):
         command = [sys.executable, "train.py", str(tmp_path / folder), str(num_steps)]
-        # Which says, of the CPU device, how many.
-        hidden = {"XLA_FLAGS"}
-        variables = {key: value for key, value in os.environ.items() if key not in hidden}
-        variables |= {"JAX_NUM_CPU_DEVICES": str(num_devices), "PYTHONPATH": str(page.parents[1])}
+        variables = {**os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices), "PYTHONPATH": str(page.parents[1])}
         done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True)
         return done.stdout.splitlines()
 

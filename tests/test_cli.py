@@ -714,7 +714,7 @@ def test_the_command_line_runs_outside_the_main_thread(capsys):
 
 def _environment():
     """An environment in which the command chooses its devices itself."""
-    hidden = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "PJRT_NPROC")
+    hidden = ("JAX_NUM_CPU_DEVICES", "PJRT_NPROC")
     return {key: value for key, value in os.environ.items() if key not in hidden}
 
 

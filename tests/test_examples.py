@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _EXAMPLES = Path(__file__).parents[1] / "examples"
 _NEEDS = {"with_equinox": "equinox"}
 

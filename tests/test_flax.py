@@ -20,8 +20,6 @@ import dho2_optax as dho2
 from dho2_optax.flax import TrainState
 from tests.helpers import python_blocks
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _BATCH = jnp.linspace(1.0, 3.0, 6)
 _PARAMS = {"w": jnp.linspace(0.1, 0.9, 6)}
 

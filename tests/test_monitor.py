@@ -17,8 +17,6 @@ from dho2_optax.flax import TrainState
 from dho2_optax.state import find_state, replace_state
 from tests.helpers import python_blocks
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _DIAGONAL = jnp.asarray([8.0, -4.0, 2.0, 1.0])
 _START = {"a": jnp.ones(4), "b": jnp.ones(2)}
 _OPTIONS = {"rank": 2, "refresh_interval": 1, "warmup_steps": 1, "eigensolver": dho2.Eigensolver(order=4)}

@@ -22,8 +22,6 @@ from dho2_optax.packing import Layout, of_stack
 from dho2_optax.streaming import is_due
 from tests.helpers import AXIS, SPLITTING, flat, flat_rows, make_mesh, on_devices, python_blocks, unflatten
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _SECTIONS = dict(
     re.findall(
         r"^## (.*?)\n(.*?)(?=^## |\Z)",

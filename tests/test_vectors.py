@@ -52,14 +52,12 @@ def test_dot_and_norm_of_mixed_dtypes_equal_float64():
     assert dot.shape == norm.shape == ()
 
 
-def test_combine_with_a_vector_gives_a_vector_in_the_dtypes_of_the_stack():
+def test_combine_with_a_vector_gives_a_vector_in_float32_whatever_the_dtypes_of_the_stack():
     stack, coefficients = _stack(3, 0), np.asarray([0.5, -2.0, 1.0], np.float32)
     result = jax.jit(vectors.combine)(coefficients, stack)
-    assert _dtypes(result) == _dtypes(stack)
+    assert set(_dtypes(result).values()) == {jnp.dtype(jnp.float32)}
     assert jax.tree.map(jnp.shape, result) == jax.tree.map(jnp.shape, _vector(0))
-    np.testing.assert_allclose(flat(result), coefficients @ flat_rows(stack), rtol=8e-3, atol=8e-3)
-    exact = np.tensordot(coefficients, stack["matrix"], 1)
-    np.testing.assert_allclose(result["matrix"], exact, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(flat(result), coefficients @ flat_rows(stack), rtol=1e-6, atol=1e-6)
 
 
 def test_combine_with_a_matrix_gives_a_stack():
@@ -69,7 +67,7 @@ def test_combine_with_a_matrix_gives_a_stack():
     assert result["empty rows"].shape == (2, 3, 0)
     assert result["scalar"].shape == (2,)
     expected = coefficients @ flat_rows(stack)
-    np.testing.assert_allclose(flat_rows(result), expected, rtol=8e-3, atol=2e-2)
+    np.testing.assert_allclose(flat_rows(result), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_bfloat16_is_accumulated_in_float32():
