@@ -1,5 +1,6 @@
 """What an optimizer's state tells about the curvature in use; what to make of it is the business of `alarms`."""
 
+from collections import OrderedDict
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from dho2_optax import vectors
 from dho2_optax.eigensolver import Spectrum, is_null
 from dho2_optax.packing import of_stack
-from dho2_optax.state import find_state
+from dho2_optax.state import DHO2State, find_state
 from dho2_optax.vectors import as_arrays, unwrapped
 
 
@@ -58,6 +59,19 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       (0, True)
     """
     found = find_state(state)
+    spectrum = found.spectrum._replace(eigenvectors=())
+    numbers = found._replace(spectrum=spectrum, factors=(), base_state=(), subspace_state=(), probing=None)
+    result = dict(_metrics(numbers))
+    if found.probing is not None:
+        result["skipped_probes"] = found.probing.skipped
+        result["probe_interval"] = found.probing.interval
+        result["cycle_probes"] = found.probing.process.count
+    return result
+
+
+@jax.jit  # one program: outside of `jit` each operation would be compiled by itself
+def _metrics(found: DHO2State) -> OrderedDict[str, jax.Array]:
+    """Of a state without its vectors, in this order, which a dict from `jit` would not keep."""
     pairs = found.spectrum
     made = (found.refreshes > 0)[..., None]
     eigenvalues, residuals = (jnp.where(made, x, jnp.nan) for x in (pairs.eigenvalues, pairs.residuals))
@@ -65,31 +79,27 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     null = is_null(jnp.abs(pairs.eigenvalues))
     active = jnp.where(pairs.mask, eigenvalues, jnp.nan)
     magnitude = jnp.abs(active)
-    result = {
-        "updates": found.count,
-        "refreshes": found.refreshes,
-        "rejected_refreshes": found.rejected,
-        "matvecs": found.matvecs,
-        "age": found.count - found.refreshed_at,
-        "active_pairs": jnp.sum(pairs.mask, axis=-1),
-        "pairs_in_null_space": jnp.sum(left & null, axis=-1),
-        "pairs_with_large_residual": jnp.sum(left & ~null, axis=-1),
-        "base_scale": found.sigma,
-        "base_brake": jnp.ones_like(found.sigma) if found.bounds is None else found.bounds.brake,
-        "missed_curvature": found.missed,
-        "gradient_share": jnp.where(found.refreshes > 0, found.share, jnp.nan),
-        "condition_number": jnp.nanmax(magnitude, axis=-1) / jnp.nanmin(magnitude, axis=-1),
-        "eigenvalue_max": jnp.nanmax(active, axis=-1),
-        "eigenvalue_min": jnp.nanmin(active, axis=-1),
-        "residual_max": jnp.max(residuals, axis=-1),
-    }
+    result: OrderedDict[str, jax.Array] = OrderedDict(
+        updates=found.count,
+        refreshes=found.refreshes,
+        rejected_refreshes=found.rejected,
+        matvecs=found.matvecs,
+        age=found.count - found.refreshed_at,
+        active_pairs=jnp.sum(pairs.mask, axis=-1),
+        pairs_in_null_space=jnp.sum(left & null, axis=-1),
+        pairs_with_large_residual=jnp.sum(left & ~null, axis=-1),
+        base_scale=found.sigma,
+        base_brake=jnp.ones_like(found.sigma) if found.bounds is None else found.bounds.brake,
+        missed_curvature=found.missed,
+        gradient_share=jnp.where(found.refreshes > 0, found.share, jnp.nan),
+        condition_number=jnp.nanmax(magnitude, axis=-1) / jnp.nanmin(magnitude, axis=-1),
+        eigenvalue_max=jnp.nanmax(active, axis=-1),
+        eigenvalue_min=jnp.nanmin(active, axis=-1),
+        residual_max=jnp.max(residuals, axis=-1),
+    )
     for i in range(pairs.eigenvalues.shape[-1]):
         result[f"eigenvalue_{i}"] = eigenvalues[..., i]
         result[f"residual_{i}"] = residuals[..., i]
-    if found.probing is not None:
-        result["skipped_probes"] = found.probing.skipped
-        result["probe_interval"] = found.probing.interval
-        result["cycle_probes"] = found.probing.process.count
     return result
 
 

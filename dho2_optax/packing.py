@@ -222,7 +222,12 @@ class Layout:
             bits = lax.bitcast_convert_type(_hash(place + starts[leaf]), jnp.int32)
             return jnp.where(place < jnp.array(self._sizes, jnp.uint32)[leaf], bits.astype(dtype) * 2.0**-31, 0)
 
-        return tuple(map(draw, self._groups)) if self._groups else self._treedef.unflatten([])
+        def draw_at_once(group: _Group) -> jax.Array:
+            # Outside of `jit` each operation would be compiled by itself; inside, the user's sharding would be lost.
+            sharded = any(leaf in self._sharded for leaf in group.leaves)
+            return draw(group) if sharded else jax.jit(lambda: draw(group))()
+
+        return tuple(map(draw_at_once, self._groups)) if self._groups else self._treedef.unflatten([])
 
     def _places(self, group: _Group) -> tuple[jax.Array, jax.Array]:
         """Of every number in this device's part of a buffer, its leaf and its place in it, as uint32.
