@@ -9,12 +9,12 @@ from pathlib import Path
 # Runs ahead of the CPU backend deadlock multi-device programs unless the pool is larger than the device count.
 os.environ.setdefault("PJRT_NPROC", "32")
 
-# Most of the time of the tests is compilation. What one test has compiled serves the others, the processes that they
-# start, the other worker, and the next run. By machine: a program for another processor may not run here.
+# What one test has compiled serves the others, the processes that they start, the other worker, and the next run, but
+# for small programs, which are made sooner than kept. By machine: a program for another processor may not run here.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".pytest_cache" / f"programs-{platform.node()}")
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")  # small ones are made sooner than kept
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # These two make a step compile in a fifth of the time (7.6 to 1.5 s where it was measured), and change nothing but how

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from dho2_optax import arguments, eigensolver, learning, segments, vectors
 from dho2_optax import metric as metric_lib
@@ -62,6 +63,11 @@ class Settings:
         """The metric, if the user has written it."""
         return self.metric if isinstance(self.metric, Metric) else None
 
+    @functools.cached_property
+    def compiled_start(self) -> Callable[[Any, Any], DHO2State]:
+        """`_start` as one program: outside of it a dozen operations a leaf are compiled, which takes much longer."""
+        return jax.jit(functools.partial(_start, self))
+
 
 def hybrid(settings: Settings) -> optax.GradientTransformationExtraArgs:
     """The transformation."""
@@ -72,11 +78,20 @@ def init(settings: Settings, params: Any) -> DHO2State:
     """The state before the first update."""
     params = vectors.as_arrays(params)
     arguments.check_params(params)
+    base_state = settings.base.init(_seen_by_base(settings, params))
+    start = functools.partial(_start, settings)
+    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((params, base_state)))
+    if not traced and Layout(params, settings.axis_name).is_free_in_jit:
+        start = settings.compiled_start
+    return start(params, base_state)._replace(base_state=base_state)
+
+
+def _start(settings: Settings, params: Any, base_state: Any) -> DHO2State:
+    """The state before the first update, but for the base's."""
     layout = Layout(params, settings.axis_name)
     pairs = eigensolver.zero_spectrum(settings.solver.num_pairs, layout.split(params), settings.solver.basis_dtype)
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
     number = lambda: jnp.zeros_like(pairs.eigenvalues, shape=())  # noqa: E731
-    base_state = settings.base.init(_seen_by_base(settings, params))
     # Copies: they may be arrays of the base's state, and a state with shared buffers could not be donated.
     factors = jax.tree.map(jnp.copy, factors_of(settings, base_state, params))
     return DHO2State(
@@ -85,7 +100,7 @@ def init(settings: Settings, params: Any) -> DHO2State:
         spectrum=pairs,
         factors=factors,
         subspace_state=settings.subspace.init(pairs.eigenvalues),
-        base_state=base_state,
+        base_state=(),
         sigma=jnp.ones_like(pairs.eigenvalues, shape=()),
         bounds=Bounds(number(), number(), number(), number(), brake=number() + 1) if settings.bounded else None,
         share=number(),

@@ -81,6 +81,11 @@ class Layout:
         #: How many numbers a vector has.
         self.size = sum(self._sizes)
 
+    @property
+    def is_free_in_jit(self) -> bool:
+        """Whether vectors made in a ``jit`` of their own are where they would be without: no device has parts alone."""
+        return self.axis_name is None and not self._sharded
+
     def _widths(self, group: list[int]) -> list[int]:
         if self.num_rows is None:
             return [self._sizes[i] for i in group]
@@ -222,12 +227,7 @@ class Layout:
             bits = lax.bitcast_convert_type(_hash(place + starts[leaf]), jnp.int32)
             return jnp.where(place < jnp.array(self._sizes, jnp.uint32)[leaf], bits.astype(dtype) * 2.0**-31, 0)
 
-        def draw_at_once(group: _Group) -> jax.Array:
-            # Outside of `jit` each operation would be compiled by itself; inside, the user's sharding would be lost.
-            sharded = any(leaf in self._sharded for leaf in group.leaves)
-            return draw(group) if sharded else jax.jit(lambda: draw(group))()
-
-        return tuple(map(draw_at_once, self._groups)) if self._groups else self._treedef.unflatten([])
+        return tuple(map(draw, self._groups)) if self._groups else self._treedef.unflatten([])
 
     def _places(self, group: _Group) -> tuple[jax.Array, jax.Array]:
         """Of every number in this device's part of a buffer, its leaf and its place in it, as uint32.

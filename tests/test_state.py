@@ -1,6 +1,7 @@
 """The state: arrays only, so that whatever carries pytrees carries it, and a print of a few lines."""
 
 import copy
+import logging
 import pickle
 from typing import Any
 
@@ -127,6 +128,34 @@ def test_all_leaves_are_arrays_and_types_tell_the_metric(name):
 
 
 # A print.
+
+
+@pytest.mark.parametrize("optimizer", ["dho2", "mr_dho2"])
+def test_a_start_and_metrics_are_one_program_each_whatever_the_leaves(optimizer, caplog):
+    """A user calls both outside of `jit`, where each operation on each shape would be compiled by itself."""
+    tx = getattr(dho2, optimizer)(optax.adam(0.01), _loss, rank=3)
+    leaves = [jnp.ones((2, size)) for size in range(41, 53)]
+
+    def compiled(call, *arguments):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            result = call(*arguments)
+        return result, sum(record.message.startswith("Compiling ") for record in caplog.records)
+
+    optax.adam(0.01).init(leaves)
+    state, count = compiled(tx.init, leaves)
+    assert count == 1
+    for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(jax.jit(tx.init)(leaves)), strict=True):
+        np.testing.assert_array_equal(got, want)
+        assert got.dtype == want.dtype
+        assert got.weak_type == want.weak_type
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state) if x.size]
+    assert len(set(buffers)) == len(buffers)  # so that the state can be donated
+    assert compiled(tx.init, leaves)[1] == 0
+    found, count = compiled(dho2.metrics, state)
+    assert count <= 1
+    names = [f"{name}_{i}" for i in range(3) for name in ("eigenvalue", "residual")]
+    assert [name for name in found if name.split("_")[-1].isdigit()] == names
 
 
 def test_a_state_prints_as_a_few_lines():
