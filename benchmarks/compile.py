@@ -8,6 +8,7 @@ transformers of 2, 9 and 25 layers that are written out one after the other (29,
 
 * the seconds to trace the step, to lower it to StableHLO, and to compile that, each the median of several fresh
   compilations; jax's caches are cleared between them, and its cache on disk is not used;
+* the seconds until the first state is there, made outside of ``jit``, as most loops do, with caches as empty;
 * the lines of StableHLO, and those of the optimized program; of the latter also the instructions, since its text
   begins with a table of the lines of Python that it comes from.
 
@@ -107,14 +108,19 @@ ON_ADAM = ("dho2_adam", "mr_dho2_adam")
 
 
 def measure(leaves: int, name: str, repeats: int) -> dict[str, Any]:
-    """A row of the results: seconds and lines of a method on a network. Nothing of it is run."""
+    """A row of the results: seconds and lines of a method on a network. Of it only the first state is made."""
     network = NETWORKS[leaves]()
     method = METHODS[name](network.loss_fn)
     key = jax.random.key(0)
     params, batch = jax.eval_shape(network.init, key), jax.eval_shape(network.batch, key)
     state = jax.eval_shape(method.init, params)
-    seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+    arrays = jax.block_until_ready(jax.jit(network.init)(key))
+    seconds: dict[str, list[float]] = {part: [] for part in ("init", *PARTS)}
     for _ in range(repeats):
+        jax.clear_caches()
+        start = time.perf_counter()
+        jax.block_until_ready(method.init(arrays))
+        seconds["init"].append(time.perf_counter() - start)
         jax.clear_caches()
         start = time.perf_counter()
         traced = jax.jit(method.step, donate_argnums=(0, 1)).trace(params, state, batch)
@@ -160,6 +166,9 @@ def table(results: dict[str, Any]) -> str:
     for name in dict.fromkeys(method for _, method in rows):
         cells = [_cell(rows[count, name]) if (count, name) in rows else "-" for count in leaves]
         lines.append([name, *cells])
+    for name in dict.fromkeys(method for (_, method), row in rows.items() if "init" in row["median"]):
+        found = [rows.get((count, name), {"median": {}})["median"].get("init") for count in leaves]
+        lines.append([f"first state of {name}", *("-" if x is None else f"{x:.2f} s" for x in found)])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
     for name, slope in results["lines_per_leaf"].items():
         text += (

@@ -495,6 +495,14 @@ def test_a_network_that_knows_nothing_has_the_loss_of_guessing(name, classes):
     assert float(loss_fn(params, batch)) != pytest.approx(math.log(classes))
 
 
+def test_a_compilation_is_measured_and_what_precedes_it():
+    row = compile.measure(3, "adam", 1)
+    assert row["median"].keys() == {"init", *compile.PARTS}
+    assert all(x > 0 for x in row["median"].values())
+    shown = compile.table({"rows": [row], "lines_per_leaf": compile.lines_per_leaf([row])})
+    assert f"| first state of adam | {row['median']['init']:.2f} s |" in shown
+
+
 @pytest.mark.parametrize("name", compile.METHODS)
 def test_every_step_that_is_compiled_gives_what_it_takes(name):
     network = compile.NETWORKS[3]()
