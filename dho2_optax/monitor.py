@@ -79,28 +79,28 @@ def _metrics(found: DHO2State) -> OrderedDict[str, jax.Array]:
     null = is_null(jnp.abs(pairs.eigenvalues))
     active = jnp.where(pairs.mask, eigenvalues, jnp.nan)
     magnitude = jnp.abs(active)
-    result: OrderedDict[str, jax.Array] = OrderedDict(
-        updates=found.count,
-        refreshes=found.refreshes,
-        rejected_refreshes=found.rejected,
-        matvecs=found.matvecs,
-        age=found.count - found.refreshed_at,
-        active_pairs=jnp.sum(pairs.mask, axis=-1),
-        pairs_in_null_space=jnp.sum(left & null, axis=-1),
-        pairs_with_large_residual=jnp.sum(left & ~null, axis=-1),
-        base_scale=found.sigma,
-        base_brake=jnp.ones_like(found.sigma) if found.bounds is None else found.bounds.brake,
-        missed_curvature=found.missed,
-        gradient_share=jnp.where(found.refreshes > 0, found.share, jnp.nan),
-        condition_number=jnp.nanmax(magnitude, axis=-1) / jnp.nanmin(magnitude, axis=-1),
-        eigenvalue_max=jnp.nanmax(active, axis=-1),
-        eigenvalue_min=jnp.nanmin(active, axis=-1),
-        residual_max=jnp.max(residuals, axis=-1),
-    )
+    result = {
+        "updates": found.count,
+        "refreshes": found.refreshes,
+        "rejected_refreshes": found.rejected,
+        "matvecs": found.matvecs,
+        "age": found.count - found.refreshed_at,
+        "active_pairs": jnp.sum(pairs.mask, axis=-1),
+        "pairs_in_null_space": jnp.sum(left & null, axis=-1),
+        "pairs_with_large_residual": jnp.sum(left & ~null, axis=-1),
+        "base_scale": found.sigma,
+        "base_brake": jnp.ones_like(found.sigma) if found.bounds is None else found.bounds.brake,
+        "missed_curvature": found.missed,
+        "gradient_share": jnp.where(found.refreshes > 0, found.share, jnp.nan),
+        "condition_number": jnp.nanmax(magnitude, axis=-1) / jnp.nanmin(magnitude, axis=-1),
+        "eigenvalue_max": jnp.nanmax(active, axis=-1),
+        "eigenvalue_min": jnp.nanmin(active, axis=-1),
+        "residual_max": jnp.max(residuals, axis=-1),
+    }
     for i in range(pairs.eigenvalues.shape[-1]):
         result[f"eigenvalue_{i}"] = eigenvalues[..., i]
         result[f"residual_{i}"] = residuals[..., i]
-    return result
+    return OrderedDict(result)
 
 
 def get_spectrum(state: Any, params: Any = None) -> Spectrum:

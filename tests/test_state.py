@@ -127,9 +127,6 @@ def test_all_leaves_are_arrays_and_types_tell_the_metric(name):
     assert (factors and factors.metric(_METRIC if expected is _METRIC else None)) is expected
 
 
-# A print.
-
-
 @pytest.mark.parametrize("optimizer", ["dho2", "mr_dho2"])
 def test_a_start_and_metrics_are_one_program_each_whatever_the_leaves(optimizer, caplog):
     """A user calls both outside of `jit`, where each operation on each shape would be compiled by itself."""
@@ -156,6 +153,9 @@ def test_a_start_and_metrics_are_one_program_each_whatever_the_leaves(optimizer,
     assert count <= 1
     names = [f"{name}_{i}" for i in range(3) for name in ("eigenvalue", "residual")]
     assert [name for name in found if name.split("_")[-1].isdigit()] == names
+
+
+# A print.
 
 
 def test_a_state_prints_as_a_few_lines():
