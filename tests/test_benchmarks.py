@@ -517,7 +517,7 @@ def test_every_step_that_is_compiled_gives_what_it_takes(name):
 def test_a_compilation_is_measured_part_by_part():
     row = compile.measure(3, "adam", repeats=2)
     assert row["num_params"] == 64 * 32 + 32 * 32 + 32 * 10
-    assert set(row["median"]) == {"trace", "lower", "compile"}
+    assert set(row["median"]) == {"init", "trace", "lower", "compile"}
     assert all(len(row["seconds"][part]) == 2 and min(row["seconds"][part]) > 0 for part in row["median"])
     assert row["stablehlo_lines"] > 50
     assert 50 < row["hlo_instructions"] < row["hlo_lines"]
