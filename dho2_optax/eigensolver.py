@@ -28,14 +28,15 @@ class Spectrum(NamedTuple):
 
     Eigenvectors may be stored in a dtype shorter than float32, bfloat16 say. Then rows :math:`\tilde V` are stored that
     are orthonormal to its rounding only, and the eigenvectors are :math:`V = L \tilde V`, with a matrix :math:`L` in
-    float32 for which :math:`V V^\top = I` to the rounding of float32.
+    float32 for which :math:`V V^\top = I` to the rounding of float32. So are those of a Lanczos process that have not
+    been written yet: :math:`\tilde V` is its basis then, and :math:`L` their coefficients, see :func:`unwritten`.
     """
 
     eigenvalues: jax.Array  # shape=(k,): Ritz values, masked ones included
-    eigenvectors: Stack  # k rows, orthonormal once multiplied by the orthonormalizer; rows masked out are zero
+    eigenvectors: Stack  # rows, orthonormal once multiplied by the orthonormalizer; those masked out are zero then
     residuals: jax.Array  # shape=(k,): |A v - lambda v|
     mask: jax.Array  # shape=(k,), dtype=bool: pairs that may be used
-    orthonormalizer: Any = None  # L, shape=(k, k); None, for the identity, where no row is short
+    orthonormalizer: Any = None  # L, shape=(k, rows); None, for the identity, where k rows are stored and none is short
 
     def combine(self, coefficients: jax.Array) -> Vector:
         r""":math:`\sum_i c_i v_i`; of a matrix of coefficients, a stack."""
@@ -195,21 +196,48 @@ def usable(
     return mask & ~is_null(magnitude) if drop_null else mask
 
 
+def unwritten(process: LanczosState, found: Wanted, mask: jax.Array) -> Spectrum:
+    """The wanted pairs of a Lanczos process, with the vectors of those in `mask`, as combinations of its basis."""
+    rotation = jnp.where(mask[:, None], found.coefficients, 0)
+    return Spectrum(found.values, process.basis, found.residuals, mask, rotation)
+
+
+def written_over(old: Spectrum, new: Spectrum, accept: jax.Array, layout: Layout) -> Spectrum:
+    """A spectrum that is :func:`unwritten`, in the place of an old one; where not to `accept`, the old one.
+
+    The compiler writes over the old eigenvectors where nothing else reads them after `accept` is known, so that there
+    is no second copy of them. One pass over the basis, or one for each pair, see :meth:`Layout.is_cut`.
+    """
+    stacks, treedef = jax.tree.flatten(old.eigenvectors)
+    triples = zip(stacks, jax.tree.leaves(new.eigenvectors), layout.is_cut, strict=True)
+    rows = treedef.unflatten([vectors.overwrite(x, y, new.orthonormalizer, accept, cut=cut) for x, y, cut in triples])
+    lower = old.orthonormalizer
+    if lower is not None:
+        lower = jnp.where(accept, orthonormalizer(vectors.gram(rows, rows, layout.axis_name)), lower)
+    return Spectrum(
+        eigenvalues=jnp.where(accept, new.eigenvalues, old.eigenvalues),
+        eigenvectors=rows,
+        residuals=jnp.where(accept, new.residuals, old.residuals),
+        mask=jnp.where(accept, new.mask, old.mask),
+        orthonormalizer=lower,
+    )
+
+
 def publish(process: LanczosState, found: Wanted, mask: jax.Array, axis_name: str | None = None) -> Spectrum:
     """The wanted pairs of a Lanczos process, with the vectors of those in `mask`; one pass over its basis.
 
     Of a basis that is stored in a short dtype one pass for each, and then their inner products, summed over the axis.
     """
-    rotation = jnp.where(mask[:, None], found.coefficients, 0)
+    new = unwritten(process, found, mask)
     if not _is_short(process.basis):
-        return Spectrum(found.values, vectors.combine(rotation, process.basis), found.residuals, mask)
+        return new.orthonormal()
 
     def stored(coefficients: jax.Array) -> Vector:
         return vectors.cast_like(vectors.combine(coefficients, process.basis), process.basis)
 
-    rows = jax.lax.map(stored, rotation)
+    rows = jax.lax.map(stored, new.orthonormalizer)
     lower = orthonormalizer(vectors.gram(rows, rows, axis_name))
-    return Spectrum(found.values, rows, found.residuals, mask, lower)
+    return new._replace(eigenvectors=rows, orthonormalizer=lower)
 
 
 def with_rayleigh_quotients(spectrum: Spectrum, matvec: Callable[[Vector], Vector], axis_name: str | None) -> Spectrum:

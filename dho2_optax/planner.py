@@ -20,7 +20,6 @@ import numpy as np
 from dho2_optax import arguments, segments
 from dho2_optax.curvature import BatchSize, auto_size
 from dho2_optax.hardware import HARDWARE, NETWORKS, Hardware, exchange, of_this_machine
-from dho2_optax.packing import Layout
 
 __all__ = ["Form", "Plan", "compile_seconds", "last_that_pays", "plan"]
 
@@ -34,12 +33,12 @@ _TIE = 1.02  # forms whose mean steps differ by less are equally fast
 _MOST_DEVICES = 1024
 
 # Passes over memory, in vectors of which a device has its part. An update reads every eigenvector four times; a product
-# of a Lanczos process reads the whole basis twice. The other numbers are fitted to what `benchmarks.plan` compares.
+# of a Lanczos process reads the whole basis twice; a publication reads every old eigenvector for every vector of the
+# basis, and the basis three times. The other numbers are fitted to what `benchmarks.plan` compares.
 _UPDATE_VECTORS = 28.0
 _UPDATE_READS = 4.0
 _PRODUCT_VECTORS = 32.0
 _PRODUCT_READS = 2.0
-_PUBLISH_READS = 8.0  # for every pair, and one for every vector of the basis
 _WHOLE_VECTORS = 6.0  # whole ones, that are packed and unpacked where there are several devices
 
 # What compilers for TPU keep more than on CPU, in whole vectors and in parts of one: from the programs of `dho2` for
@@ -338,7 +337,6 @@ class _Sizes(NamedTuple):
 
     leaves: tuple[tuple[int, int], ...]
     known: bool  # whether these are the arrays, and not only how many numbers there are
-    largest: float = 1.0  # part of a vector that the largest of its buffers on one device is
 
     @property
     def number(self) -> int:
@@ -348,10 +346,6 @@ class _Sizes(NamedTuple):
     def whole(self) -> float:
         """Bytes of a vector."""
         return float(sum(size * itemsize for size, itemsize in self.leaves))
-
-    def made_at_once(self, devices: int) -> float:
-        """The largest part of a vector that is one buffer; over several devices all of it."""
-        return 1.0 if devices > 1 else self.largest
 
     def split(self, devices: int) -> float:
         """Bytes of a device's part of a vector, with its padding, in float32 or better."""
@@ -439,8 +433,8 @@ class _Job(NamedTuple):
         return (3 if self.hardware.axes else 2) * self.sizes.whole
 
     def publication(self, rank: int, order: int, devices: int) -> float:
-        """Seconds in which new eigenvectors are made and put in the place of the old ones."""
-        touched = (_PUBLISH_READS * rank + order) * self.sizes.split(devices)
+        """Seconds in which new eigenvectors are compared with the old ones and written over them."""
+        touched = (order * (rank + 3) + 3 * rank) * self.sizes.split(devices)
         return touched / self.hardware.at(self.devices).bandwidth
 
     def activations(self, samples: float, devices: int) -> float:
@@ -455,14 +449,13 @@ class _Job(NamedTuple):
         """Bytes that a training device holds at most."""
         whole, split = self.sizes.whole, self.sizes.split(devices)
         rank, order, factors = choice.rank, choice.order, int(self.has_metric)
-        made = self.sizes.made_at_once(devices) * rank + 3
         product = 2 * self.activations(choice.part, devices)
         if name == "synchronous":
             state = rank + factors + self.base_vectors
-            temporaries = max(3 * whole + (order + 4) * split + product, (order + made) * split)
+            temporaries = 3 * whole + (order + 4) * split + product
         elif name == "streaming":
             state = rank + order + 2 * factors + self.base_vectors
-            temporaries = max(2 * whole + 2 * split + product, made * split)
+            temporaries = 2 * whole + 2 * split + product
         else:
             state = rank + factors + self.base_vectors
             temporaries = whole + 2 * split
@@ -678,8 +671,7 @@ def _sizes(params: Any) -> _Sizes:
     number = sum(size for size, _ in leaves)
     if not number:
         raise ValueError(f"`params` must have at least one number, got {params!r}.")
-    largest = max(map(math.prod, Layout(arrays, None).shapes)) / number
-    return _Sizes(leaves, known=True, largest=largest)
+    return _Sizes(leaves, known=True)
 
 
 def _is_shapes(params: Any) -> bool:

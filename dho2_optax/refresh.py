@@ -96,9 +96,13 @@ class Solver(NamedTuple):
         """Which pairs may be used; of those of a `partial` process, which will go on, those that are sure already."""
         return eigensolver.usable(found, self.max_residual, drop_null=True, partial=partial)
 
-    def publish(self, process: LanczosState, found: Wanted, partial: ArrayLike = False) -> Spectrum:
-        """The eigenpairs that a process has found."""
-        return eigensolver.publish(process, found, self.sure(found, partial), self.axis_name)
+    def publish(self, process: LanczosState, found: Wanted) -> Spectrum:
+        """The eigenpairs that a whole process has found."""
+        return eigensolver.publish(process, found, self.sure(found), self.axis_name)
+
+    def unwritten(self, process: LanczosState, found: Wanted, partial: ArrayLike = False) -> Spectrum:
+        """The same as combinations of its basis, to be written where the old ones are."""
+        return eigensolver.unwritten(process, found, self.sure(found, partial))
 
 
 def make_solver(
@@ -175,8 +179,8 @@ def install(
     )
 
 
-def keep_if(sound: jax.Array, new: DHO2State, old: DHO2State) -> DHO2State:
-    """`new`, or `old` with one more rejected refresh.
+def keep_if(sound: jax.Array, new: DHO2State, old: DHO2State, layout: Layout) -> DHO2State:
+    """`new`, whose spectrum is not written yet, or `old` with one more rejected refresh.
 
     Selected element by element, once everything that reads the old eigenvectors is done: then the compiler writes over
     them, where two branches would cost a copy of them at every update. Their last reader is the subspace optimizer's
@@ -186,15 +190,14 @@ def keep_if(sound: jax.Array, new: DHO2State, old: DHO2State) -> DHO2State:
     numbers.append(new.missed)
     rotated = [jnp.all(jnp.isfinite(x)) for x in numbers]
     sound = jnp.all(jnp.stack([sound, *rotated]))
-    chosen = jax.tree.map(
+    factors, subspace_state, missed, refreshed_at = jax.tree.map(
         lambda x, y: jnp.where(sound, x, y),
-        (new.spectrum, new.factors, new.subspace_state, new.missed, new.refreshed_at),
-        (old.spectrum, old.factors, old.subspace_state, old.missed, old.refreshed_at),
+        (new.factors, new.subspace_state, new.missed, new.refreshed_at),
+        (old.factors, old.subspace_state, old.missed, old.refreshed_at),
     )
-    spectrum, factors, subspace_state, missed, refreshed_at = chosen
     kept = sound.astype(jnp.int32)
     return new._replace(
-        spectrum=spectrum,
+        spectrum=eigensolver.written_over(old.spectrum, new.spectrum, sound, layout),
         factors=factors,
         subspace_state=subspace_state,
         missed=missed,
@@ -220,7 +223,7 @@ def synchronous(solver: Solver, refresh_interval: ArrayLike, warmup_steps: Array
         carry = carrier(source.geometry(state.factors), geometry)
         matvec = in_metric(source.matvec_at(source.params), geometry)
         process, found = solver.run(matvec, state.spectrum, state.count, source.layout, carry)
-        spectrum = solver.publish(process, found)
+        spectrum = solver.unwritten(process, found)
         if source.rayleigh is not None:
             spectrum = eigensolver.with_rayleigh_quotients(
                 spectrum, in_metric(source.rayleigh, geometry), solver.axis_name
@@ -234,7 +237,7 @@ def synchronous(solver: Solver, refresh_interval: ArrayLike, warmup_steps: Array
             damping=solver.damping,
             axis_name=solver.axis_name,
         )
-        state = keep_if(is_sound(process, spectrum), installed, state)
+        state = keep_if(is_sound(process, spectrum), installed, state, source.layout)
         return state._replace(matvecs=counters.add(state.matvecs, process.count))
 
     def attempt(state: DHO2State, source: Source) -> DHO2State:

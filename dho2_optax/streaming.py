@@ -167,7 +167,7 @@ class _Streaming:
         """Puts the pairs found in use."""
         probing: Probing = state.probing
         process, complete = probing.process, probing.complete
-        spectrum = self.solver.publish(process, probing.found, partial=~complete)
+        spectrum = self.solver.unwritten(process, probing.found, partial=~complete)
         installed = install(
             state,
             spectrum,
@@ -177,7 +177,7 @@ class _Streaming:
             damping=self.solver.damping,
             axis_name=self.solver.axis_name,
         )
-        state = keep_if(is_sound(process, spectrum), installed, state)
+        state = keep_if(is_sound(process, spectrum), installed, state, source.layout)
         found = jnp.where(state.spectrum.mask, state.spectrum.eigenvalues, 0)
         return state._replace(
             probing=probing._replace(

@@ -103,7 +103,7 @@ def missed_curvature(old: Spectrum, new: Spectrum, axis_name: str | None) -> jax
     may have changed between them.
     """
     overlap = vectors.gram(old.eigenvectors, new.eigenvectors, axis_name)
-    overlap = new.of_rows(old.of_rows(overlap).T).T if new.orthonormalizer is not None else overlap
+    overlap = new.of_rows(old.of_rows(overlap).T).T
     root = jnp.sqrt(jnp.where(new.mask, jnp.abs(new.eigenvalues), 0))
     inside = jnp.matmul(overlap.T, overlap, precision=jax.lax.Precision.HIGHEST)
     outside = root[:, None] * (jnp.eye(root.size, dtype=root.dtype) - inside) * root

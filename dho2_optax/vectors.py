@@ -181,6 +181,39 @@ def combine(coefficients: jax.Array, stack: Stack) -> Vector:
     return jax.tree.map(leaf, stack)
 
 
+_BLOCKS = 64  # that `overwrite` cuts a buffer into at most
+_BLOCK = 2**14  # numbers of a vector that a block has at least
+_LANES = 128  # columns of a tile on TPU
+
+
+def overwrite(old: jax.Array, stack: jax.Array, matrix: jax.Array, accept: jax.Array, *, cut: bool) -> jax.Array:
+    r"""One leaf of a stack, :math:`M S` in the place of another where `accept`, with temporaries of less than a vector.
+
+    With `cut` by blocks of the last axis, in one pass over `stack`; else row by row, in as many passes.
+    """
+    last = old.ndim - 1
+
+    def put(i: jax.Array, stack: jax.Array, into: jax.Array, coefficients: jax.Array, axis: int, size: int) -> Any:
+        before = lax.dynamic_slice_in_dim(into, i, size, axis)
+        new = combine(coefficients, stack).astype(old.dtype)
+        return lax.dynamic_update_slice_in_dim(into, jnp.where(accept, new, before), i, axis)
+
+    def row(i: jax.Array, into: jax.Array) -> jax.Array:
+        return put(i, stack, into, lax.dynamic_slice_in_dim(matrix, i, 1), 0, 1)
+
+    if not cut:
+        return lax.fori_loop(0, len(old), row, old)
+    columns, size = old.shape[last], old[0].size
+    width = -(-columns // max(1, min(_BLOCKS, size // _BLOCK)))
+    width = min(columns, -(-width // _LANES) * _LANES)
+
+    def block(i: jax.Array, into: jax.Array) -> jax.Array:
+        # Slices do not go beyond the end: the last block may share columns with the one before.
+        return put(i * width, lax.dynamic_slice_in_dim(stack, i * width, width, last), into, matrix, last, width)
+
+    return lax.fori_loop(0, -(-columns // width), block, old)
+
+
 def once(known: jax.Array, tree: Any) -> Any:
     """`tree`, but not before `known` is: a condition that always holds, though the compiler cannot tell.
 

@@ -10,6 +10,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 import dho2_optax as dho2
 from dho2_optax import eigensolver, krylov, segments
+from dho2_optax.packing import Layout
 from dho2_optax.poc import data
 from tests.helpers import (
     AXIS,
@@ -380,6 +381,29 @@ def test_a_warm_start_is_the_old_vectors_and_a_tenth_of_noise():
     np.testing.assert_allclose(start, (rows[0] + rows[2]) / np.sqrt(2) + 0.1 * noise, atol=1e-6)
     nothing = eigensolver.zero_spectrum(3, jnp.zeros(10))
     np.testing.assert_allclose(eigensolver.warm_start(nothing, noise), 0.1 * noise, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_pairs_written_over_old_ones_are_those_published(dtype):
+    """And where they are not accepted, the old ones stay to the last bit."""
+    matrix = symmetric(_SPECTRA["outliers"]).astype(np.float32)
+    exists, like = jnp.asarray([True, True, False, True]), (np.zeros(len(matrix), np.float32),)
+    layout = Layout(like, None)
+
+    @jax.jit
+    def write(matrix, old, accept):
+        state = krylov.start(layout.random(jnp.uint32(0)), 9, seed=jnp.uint32(0), dtype=dtype)
+        state, found = krylov.run(matrix_operator(matrix, like), state, layout, look=_look(4), min_matvecs=0)
+        new = eigensolver.unwritten(state, found, exists)
+        return eigensolver.written_over(old, new, accept, layout), eigensolver.publish(state, found, exists)
+
+    old = eigensolver.zero_spectrum(4, layout.random(jnp.uint32(0)), dtype)
+    written, published = write(matrix, old, True)
+    assert {x.dtype for x in jax.tree.leaves(written.eigenvectors)} == {jnp.dtype(dtype or "float32")}
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(np.float32(x), np.float32(y), atol=1e-6), written, published)
+    np.testing.assert_array_equal(np.any(flat_rows(written.eigenvectors), axis=1), exists)
+    kept, _ = write(-matrix, written, False)
+    jax.tree.map(np.testing.assert_array_equal, kept, written)
 
 
 def test_published_pairs_are_those_with_small_enough_residuals():

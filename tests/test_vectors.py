@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -242,3 +244,21 @@ def test_what_waits_is_what_it_was():
     assert _dtypes(waited) == _dtypes(vector)
     for name, leaf in vector.items():
         np.testing.assert_array_equal(np.asarray(waited[name]), leaf)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("shape", [(40_000,), (4, 10_001), (3, 2, 5)])
+def test_a_stack_is_overwritten_by_combinations_of_another(shape, dtype, cut):
+    """In blocks of columns, of which the last one shares some with the one before, or row by row."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(dtype == "float64"):
+        old, stack = (jnp.asarray(rng.normal(size=(n, *shape)), dtype) for n in (2, 5))
+        matrix = jnp.asarray(rng.normal(size=(2, 5)), vectors.at_least_float32(dtype))
+        overwrite = jax.jit(functools.partial(vectors.overwrite, cut=cut))
+        kept, new = (overwrite(old, stack, matrix, jnp.asarray(accept)) for accept in (False, True))
+        assert new.dtype == old.dtype
+        np.testing.assert_array_equal(kept, old)
+        expected = np.tensordot(np.float64(matrix), np.float64(stack), 1)
+        tolerance = {"float32": 1e-6, "bfloat16": 1e-2, "float64": 1e-14}[dtype]
+        np.testing.assert_allclose(np.float64(new), expected, rtol=tolerance, atol=tolerance)
