@@ -11,7 +11,7 @@ split over all devices and parameters and gradient whole on each. Compared are
 * ``adam``, the base alone, whose state is split as that of the hybrids;
 * ``product``, the same with sixteen Hessian products in a loop, but no Lanczos vectors: what any method needs that
   makes products in an update; and ``probe``, the same with one;
-* ``dho2`` and ``mr_dho2`` on Adam.
+* ``dho2`` and ``mr_dho2`` on Adam; ``dho2_bf16`` and ``mr_dho2_bf16`` store eigenvectors and basis in bfloat16.
 
 The loss is a stand-in, the sum of the cosines of all parameters, times the mean of the batch: its product is a product
 leaf by leaf, with temporaries of the size of the parameters and without activations. ``gpt2_trained`` is there to check
@@ -141,23 +141,32 @@ def _made_base(products: int) -> Callable[[Problem, Mesh, int], Made]:
     return make
 
 
-def _dho2(problem: Problem, mesh: Mesh, rank: int) -> Made:
-    make = functools.partial(dho2.dho2, optax.adam(1e-3), problem.loss_fn, rank=rank, batch_size=None)
-    return make(split=dho2.Split(AXIS)), make(split=dho2.Split(AXIS, mesh=mesh))
+def _made_dho2(basis_dtype: Any = None) -> Callable[[Problem, Mesh, int], Made]:
+    def make(problem: Problem, mesh: Mesh, rank: int) -> Made:
+        options: Any = {"rank": rank, "batch_size": None, "eigensolver": dho2.Eigensolver(basis_dtype=basis_dtype)}
+        make = functools.partial(dho2.dho2, optax.adam(1e-3), problem.loss_fn, **options)
+        return make(split=dho2.Split(AXIS)), make(split=dho2.Split(AXIS, mesh=mesh))
+
+    return make
 
 
-def _mr_dho2(problem: Problem, mesh: Mesh, rank: int) -> Made:
-    operator = dho2.hessian(problem.loss_fn)
-    make = functools.partial(dho2.mr_dho2, optax.adam(1e-3), curvature=operator, rank=rank)
-    return make(split=dho2.Split(AXIS)), make(split=dho2.Split(AXIS, mesh=mesh))
+def _made_mr_dho2(basis_dtype: Any = None) -> Callable[[Problem, Mesh, int], Made]:
+    def make(problem: Problem, mesh: Mesh, rank: int) -> Made:
+        options: Any = {"rank": rank, "eigensolver": dho2.Eigensolver(basis_dtype=basis_dtype)}
+        make = functools.partial(dho2.mr_dho2, optax.adam(1e-3), curvature=dho2.hessian(problem.loss_fn), **options)
+        return make(split=dho2.Split(AXIS)), make(split=dho2.Split(AXIS, mesh=mesh))
+
+    return make
 
 
 METHODS: dict[str, Callable[[Problem, Mesh, int], Made]] = {
     "adam": _made_base(0),
     "product": _made_base(PRODUCTS),
     "probe": _made_base(1),
-    "dho2": _dho2,
-    "mr_dho2": _mr_dho2,
+    "dho2": _made_dho2(),
+    "mr_dho2": _made_mr_dho2(),
+    "dho2_bf16": _made_dho2(jnp.bfloat16),
+    "mr_dho2_bf16": _made_mr_dho2(jnp.bfloat16),
 }
 """For one device of the axis, which says how the state is sharded, and on global arrays, which is compiled."""
 
@@ -272,21 +281,26 @@ def cases(models: Sequence[str], platforms: Sequence[str], methods: Sequence[str
         found.extend(Case(model, platform, count, name, rank) for count in devices for name in names)
 
     every, some = ("dho2", "product", "adam", "mr_dho2", "probe"), ("dho2", "product", "adam")
+    short = ("dho2_bf16", "mr_dho2_bf16")
     add("resnet50", "v5e", (64, 8), some)
     add("resnet50", "v5e", (1, 256), ("dho2", "product"))
-    add("resnet50", "v5e", (64, 8), ("mr_dho2", "probe"))
-    add("pythia_1b", "v5e", (64,), some)
-    add("gpt2", "v5e", (64,), ("dho2",), rank=16)
+    add("resnet50", "v5e", (8,), (*short, "mr_dho2", "probe"))
+    add("resnet50", "v5e", (1,), ("adam", "mr_dho2", "probe"))
+    add("resnet50", "v5e", (64,), ("mr_dho2", "probe"))
     add("gpt2", "v5e", (64,), ("dho2", "product"))
-    add("resnet50", "v5e", (1, 256), ("adam", "mr_dho2", "probe"))
+    add("gpt2", "v5e", (64,), ("dho2",), rank=16)
+    add("resnet50", "v6e", (64,), ("dho2", "product"))
+    add("resnet50", "v5p", (64,), ("dho2", "product"))
+    add("resnet50", "v5e", (16,), ("dho2", "product"))
     add("gpt2_trained", "v5e", (64,), ("dho2", "product"))
-    add("resnet50", "v6e", (64,), some)
-    add("resnet50", "v5e", (16,), every)
-    add("pythia_1b", "v5e", (8,), some)
-    add("gpt2", "v5e", (64,), ("mr_dho2", "probe"))
+    add("pythia_1b", "v5p", (64,), some)  # on chips with 16 GB there is no room for it
+    add("gpt2", "v5e", (64,), ("adam", "mr_dho2", "probe"))
+    add("resnet50", "v5e", (256,), ("adam", "mr_dho2", "probe"))
+    add("resnet50", "v5e", (16,), ("adam", "mr_dho2", "probe"))
     add("gpt2", "v5e", (64,), ("mr_dho2",), rank=16)
     add("gpt2_trained", "v5e", (64,), ("dho2",), rank=16)
-    add("resnet50", "v5p", (64,), some)
+    add("resnet50", "v6e", (64,), ("adam",))
+    add("resnet50", "v5p", (64,), ("adam",))
     for model in ("vgg16", "gpt2", "pythia_1b"):
         add(model, "cpu", (1, 8), every)
     add("gpt2", "cpu", (64,), every)
@@ -365,10 +379,10 @@ def curvature_share(rows: Sequence[dict[str, Any]], case: Case) -> int | None:
 def vectors_held(method: str, rank: int) -> int:
     """How many vectors, split over the devices, a hybrid holds at its peak, as its design says.
 
-    Eigenvectors, Krylov basis of twice as many, the new eigenvectors while the old ones are still there, and the
-    factors of the metric; in `mr_dho2` those of the running cycle too.
+    Eigenvectors, Krylov basis of twice as many, and the factors of the metric; in `mr_dho2` those of the running cycle
+    too.
     """
-    return rank + 2 * rank + rank + (2 if method == "mr_dho2" else 1)
+    return rank + 2 * rank + (2 if method == "mr_dho2" else 1)
 
 
 _HEAD = (
@@ -399,7 +413,7 @@ def table(results: dict[str, Any]) -> str:
         lines += [_cells(rows, Case(model, platform, count, "adam", 8), chosen[0]["num_params"]) for count in devices]
         title = f"{model}, {chosen[0]['num_params']:,} parameters, {platform}, MiB"
         parts.append("\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines)]))
-    return "\n\n".join([*parts, *_pairs(rows)])
+    return "\n\n".join([*parts, *_pairs(rows), *_short(rows)])
 
 
 def _cells(rows: Sequence[dict[str, Any]], case: Case, num_params: int) -> list[str]:
@@ -426,6 +440,23 @@ def _pairs(rows: Sequence[dict[str, Any]]) -> list[str]:
             vector = 4 * row["num_params"] / case.devices
             more = (row["memory"]["total"] - found[less]["memory"]["total"]) / (case.rank - less.rank) / vector
             lines.append(f"{case.model}, {case.platform}, {case.devices} devices, {case.method}: {more:.3f} vectors")
+    return lines
+
+
+def _short(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What is held where eigenvectors and basis are stored in bfloat16, and by Adam whose state is not split."""
+    found = {key(row): row["memory"]["total"] for row in rows}
+    lines = []
+    for case, total in found.items():
+        if case.method.endswith("_bf16"):
+            long, adam = (
+                case._replace(method=case.method.removesuffix("_bf16")),
+                case._replace(devices=1, method="adam"),
+            )
+            sizes = (
+                f"{_mib(total)} MiB, in float32 {_mib(found.get(long))}, Adam alone, not split {_mib(found.get(adam))}"
+            )
+            lines.append(f"{case.model}, {case.platform}, {case.devices} devices, {long.method} in bfloat16: {sizes}")
     return lines
 
 
