@@ -379,10 +379,10 @@ def curvature_share(rows: Sequence[dict[str, Any]], case: Case) -> int | None:
 def vectors_held(method: str, rank: int) -> int:
     """How many vectors, split over the devices, a hybrid holds at its peak, as its design says.
 
-    Eigenvectors, Krylov basis of twice as many, and the factors of the metric; in `mr_dho2` those of the running cycle
-    too.
+    Eigenvectors, Krylov basis of twice as many, the factors of the metric, in `mr_dho2` those of the running cycle too,
+    and some vectors to work with: beside the basis of a refresh four, for a probe two.
     """
-    return rank + 2 * rank + (2 if method == "mr_dho2" else 1)
+    return rank + 2 * rank + (2 + 2 if method == "mr_dho2" else 1 + 4)
 
 
 _HEAD = (
@@ -445,18 +445,15 @@ def _pairs(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _short(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What is held where eigenvectors and basis are stored in bfloat16, and by Adam whose state is not split."""
-    found = {key(row): row["memory"]["total"] for row in rows}
+    found = {key(row): _mib(row["memory"]["total"]) for row in rows}
     lines = []
     for case, total in found.items():
         if case.method.endswith("_bf16"):
-            long, adam = (
-                case._replace(method=case.method.removesuffix("_bf16")),
-                case._replace(devices=1, method="adam"),
-            )
-            sizes = (
-                f"{_mib(total)} MiB, in float32 {_mib(found.get(long))}, Adam alone, not split {_mib(found.get(adam))}"
-            )
-            lines.append(f"{case.model}, {case.platform}, {case.devices} devices, {long.method} in bfloat16: {sizes}")
+            long = case._replace(method=case.method.removesuffix("_bf16"))
+            adam = case._replace(devices=1, method="adam")
+            where = f"{case.model}, {case.platform}, {case.devices} devices, {long.method}"
+            sizes = f"in float32 {found.get(long, '-')}, Adam alone, not split {found.get(adam, '-')}"
+            lines.append(f"{where} in bfloat16: {total} MiB, {sizes}")
     return lines
 
 

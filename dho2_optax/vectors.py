@@ -181,8 +181,8 @@ def combine(coefficients: jax.Array, stack: Stack) -> Vector:
     return jax.tree.map(leaf, stack)
 
 
-_BLOCKS = 64  # that `overwrite` cuts a buffer into at most
-_BLOCK = 2**14  # numbers of a vector that a block has at least
+_BLOCKS = 64  # that `overwrite` cuts a large buffer into
+_BLOCK = 2**12  # numbers of a vector that a block has at least
 _LANES = 128  # columns of a tile on TPU
 
 
@@ -201,11 +201,11 @@ def overwrite(old: jax.Array, stack: jax.Array, matrix: jax.Array, accept: jax.A
     def row(i: jax.Array, into: jax.Array) -> jax.Array:
         return put(i, stack, into, lax.dynamic_slice_in_dim(matrix, i, 1), 0, 1)
 
-    if not cut:
+    if not cut or not old.size:
         return lax.fori_loop(0, len(old), row, old)
-    columns, size = old.shape[last], old[0].size
-    width = -(-columns // max(1, min(_BLOCKS, size // _BLOCK)))
-    width = min(columns, -(-width // _LANES) * _LANES)
+    columns, size = old.shape[last], old.size // len(old)
+    width = columns // max(1, min(_BLOCKS, size // _BLOCK))
+    width = min(columns, max(_LANES, width // _LANES * _LANES))
 
     def block(i: jax.Array, into: jax.Array) -> jax.Array:
         # Slices do not go beyond the end: the last block may share columns with the one before.
