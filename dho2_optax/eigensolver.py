@@ -206,11 +206,14 @@ def written_over(old: Spectrum, new: Spectrum, accept: jax.Array, layout: Layout
     """A spectrum that is :func:`unwritten`, in the place of an old one; where not to `accept`, the old one.
 
     The compiler writes over the old eigenvectors where nothing else reads them after `accept` is known, so that there
-    is no second copy of them. One pass over the basis, or one for each pair, see :meth:`Layout.is_cut`.
+    is no second copy of them: see :func:`dho2_optax.vectors.overwrite`.
     """
-    stacks, treedef = jax.tree.flatten(old.eigenvectors)
-    triples = zip(stacks, jax.tree.leaves(new.eigenvectors), layout.is_cut, strict=True)
-    rows = treedef.unflatten([vectors.overwrite(x, y, new.orthonormalizer, accept, cut=cut) for x, y, cut in triples])
+    cut = layout.num_rows is not None
+
+    def overwrite(x: jax.Array, y: jax.Array) -> jax.Array:
+        return vectors.overwrite(x, y, new.orthonormalizer, accept, cut=cut)
+
+    rows = jax.tree.map(overwrite, old.eigenvectors, new.eigenvectors)
     lower = old.orthonormalizer
     if lower is not None:
         lower = jnp.where(accept, orthonormalizer(vectors.gram(rows, rows, layout.axis_name)), lower)

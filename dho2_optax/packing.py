@@ -96,11 +96,6 @@ class Layout:
         """The shapes of whole buffers."""
         return [self._shape(group) for group in self._groups]
 
-    @property
-    def is_cut(self) -> list[bool]:
-        """Whether a device may cut each buffer in parts: not what the user may have sharded."""
-        return [group.widths is not None for group in self._groups]
-
     def _shape(self, group: _Group) -> tuple[int, ...]:
         if group.widths is not None:
             return (*([] if self.num_rows is None else [self.num_rows]), sum(group.widths))
