@@ -465,7 +465,7 @@ PANELS = (("gpt2", "cpu"), ("resnet50", "v5e"))
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bytes on one device against the number of devices, and the line along which they would fall."""
+    """MiB on one device against the number of devices, as in the tables, and the line along which they would fall."""
     from matplotlib.figure import Figure  # of the extra `poc`
 
     there = {key(row)[:2] for row in rows if curvature_share(rows, key(row)._replace(method="dho2"))}
@@ -476,7 +476,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for one, panel in zip(axes, panels, strict=True):
         _panel(one, rows, *panel)
-    axes[0].set_ylabel("bytes on each device")
+    axes[0].set_ylabel("MiB on each device")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)
 
@@ -499,8 +499,11 @@ def _panel(axes: Any, rows: Sequence[dict[str, Any]], model: str, platform: str)
     looks[design] = {"marker": "", "linestyle": ":", "color": "black"}
     sizes[products] = {r["devices"]: r["memory"]["total"] for r in chosen if r["method"] == "product"}
     looks[products] = {"marker": "s", "linestyle": "--", "color": "0.5", "markersize": 4}
-    plots.memory(sizes, axes, looks=looks, ideal=False)
-    axes.axhline(8 * vector, color="C3", linestyle="-.", label="eigenvectors, whole on each device")
+    in_mib = {name: {count: size / 2**20 for count, size in points.items()} for name, points in sizes.items()}
+    plots.memory(in_mib, axes, looks=looks, ideal=False)
+    axes.yaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
+    axes.yaxis.set_minor_formatter(plots.minor(axes.get_ylim, "{:,.0f}".format))
+    axes.axhline(8 * vector / 2**20, color="C3", linestyle="-.", label="eigenvectors, whole on each device")
     axes.set(xlabel="devices", ylabel="")
     where = "virtual CPU devices" if platform == "cpu" else f"TPU {platform}"
     axes.set_title(f"{model}, rank 8, order 16, {where}", fontsize=10)

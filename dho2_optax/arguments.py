@@ -1,13 +1,18 @@
-"""Checks of the arguments of constructors: nonsense is a ValueError that names the argument and what is allowed."""
+"""Checks of the arguments of constructors: nonsense is a ValueError that names the argument and what is allowed.
+
+And what the arguments of a tuple with names are called in ``help()``.
+"""
 
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+_Kind = TypeVar("_Kind", bound=type)
 
 INJECTION_HINT = "(With `optax.inject_hyperparams`, inject into a function of the hyperparameters that calls this one.)"
 _INT32_MAX = 2**31 - 1
@@ -19,6 +24,13 @@ _HOLDS = {
     "at least 1": lambda x: x >= 1,
     "in [0, 1)": lambda x: 0 <= x < 1,
 }
+
+
+def as_written(kind: _Kind) -> _Kind:
+    """For a ``NamedTuple`` in whose module annotations are strings: ``help()`` shows these, not a ``ForwardRef``."""
+    kind.__annotations__ = {name: hint.__forward_arg__ for name, hint in kind.__annotations__.items()}
+    kind.__new__.__annotations__ = dict(kind.__annotations__)
+    return kind
 
 
 def is_int(value: Any) -> bool:

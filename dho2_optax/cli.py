@@ -6,7 +6,6 @@ touches a device before the number of virtual devices has been set.
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import math
 import os
@@ -232,7 +231,7 @@ def _add_training_options(poc: argparse.ArgumentParser) -> None:
     how = poc.add_argument_group("how to train it")
     how.add_argument(
         "--optimizers",
-        type=_names,
+        type=_optimizers,
         metavar="NAMES",
         help=f"comma-separated: {', '.join(OPTIMIZERS)} (default {','.join(default_optimizers('pinn'))} for pinn, "
         f"{','.join(default_optimizers('default'))} for others)",
@@ -280,6 +279,16 @@ def _names(text: str) -> tuple[str, ...]:
     if not all(names):
         raise argparse.ArgumentTypeError(f"expected names separated by commas, got {text!r}")
     return tuple(dict.fromkeys(names))
+
+
+def _optimizer(name: str) -> str:
+    if name not in OPTIMIZERS:
+        raise argparse.ArgumentTypeError(f"unknown optimizer {name!r}: choose from {', '.join(OPTIMIZERS)}")
+    return name
+
+
+def _optimizers(text: str) -> tuple[str, ...]:
+    return tuple(map(_optimizer, _names(text)))
 
 
 def _integer(minimum: int) -> Callable[[str], int]:
@@ -330,15 +339,14 @@ def _learning_rates(text: str) -> dict[str, float]:
         rate = _finite(value)
         if rate <= 0:
             raise argparse.ArgumentTypeError(f"a learning rate must be positive, got {part!r}")
-        rates[name.strip()] = rate
+        rates[_optimizer(name.strip())] = rate
     return rates
 
 
 def _poc(options: argparse.Namespace, command: str) -> int:
     """Check everything that can be checked, then run."""
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise _UsageError(f'{missing[0]} is missing: pip install "dho2_optax[poc]"')
+    if (said := system.missing("poc", *_EXTRA)) is not None:
+        raise _UsageError(said)
     if options.resume:
         _check_resume(options)
     plan = None if options.resume else _plan(options, command)
@@ -376,7 +384,6 @@ def _poc(options: argparse.Namespace, command: str) -> int:
 
 def _plan(options: argparse.Namespace, command: str) -> "_Plan":
     """Check what can be checked before anything is written."""
-    _check_optimizers(options)
     available, num_processes = _join(options)
     if num_processes > 1 and options.checkpoint_every is not None:
         raise _UsageError("--checkpoint-every: a run in several processes is not saved; drop it")
@@ -425,8 +432,8 @@ def _recorder(plan: "_Plan", options: argparse.Namespace, *, first: bool) -> "Re
 
     if not first:
         return Recorder(None, None)
-    if plan.tensorboard is not None and importlib.util.find_spec("tensorboardX") is None:
-        raise _UsageError('tensorboardX is missing: pip install "dho2_optax[monitor]"')
+    if plan.tensorboard is not None and (said := system.missing("monitor", "tensorboardX")) is not None:
+        raise _UsageError(said)
     for name, path in (("metrics", plan.metrics), ("tensorboard", plan.tensorboard)):
         if path is None:
             continue
@@ -485,12 +492,6 @@ def _resumed(earlier: "Results") -> "_Plan":
     if [task.name for task in tasks] != [task["name"] for task in earlier.tasks]:
         raise _UsageError("--resume: the tasks are not those of the run")
     return _Plan(settings, tasks, options.checkpoint_every, options.metrics, options.tensorboard)
-
-
-def _check_optimizers(options: argparse.Namespace) -> None:
-    for name in (*(options.optimizers or ()), *options.lr):
-        if name not in OPTIMIZERS:
-            raise _UsageError(f"unknown optimizer {name!r}: choose from {', '.join(OPTIMIZERS)}")
 
 
 def _join(options: argparse.Namespace) -> tuple[int, int]:

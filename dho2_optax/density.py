@@ -1,5 +1,7 @@
 """The density of all eigenvalues of a symmetric operator, from products alone."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from dho2_optax.packing import Layout, Packed
 from dho2_optax.vectors import Vector
 
 
+@arguments.as_written
 class Density(NamedTuple):
     r"""Where the eigenvalues of an operator are: :math:`\phi = \frac1m \sum_{p,i} w_{pi}\, \delta_{\theta_{pi}}`.
 

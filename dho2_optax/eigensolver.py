@@ -21,6 +21,7 @@ _PENDING = 6  # products that a direction left out is followed for before the ne
 _START_NOISE = 0.1  # share of noise in a warm start, relative to the old Ritz vectors
 
 
+@arguments.as_written
 class Spectrum(NamedTuple):
     r"""Extreme eigenpairs :math:`A v_i \approx \lambda_i v_i`.
 

@@ -20,12 +20,14 @@ import jax
 import jax.numpy as jnp
 
 from dho2_optax import segments, vectors
+from dho2_optax.arguments import as_written
 from dho2_optax.kronecker import KroneckerState, kronecker_factors, kronecker_half, kronecker_inverse_half
 from dho2_optax.masking import is_hidden
 from dho2_optax.packing import Layout, Packed
 from dho2_optax.vectors import Vector
 
 
+@as_written
 class Metric(NamedTuple):
     r"""How to read the preconditioner :math:`P` of a base from its state, and to apply its half-powers.
 

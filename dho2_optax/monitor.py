@@ -1,5 +1,7 @@
 """What an optimizer's state tells about the curvature in use; what to make of it is the business of `alarms`."""
 
+from __future__ import annotations
+
 from collections import OrderedDict
 from typing import Any
 

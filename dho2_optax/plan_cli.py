@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from dho2_optax import hardware, planner
+from dho2_optax.poc import system
 
 _EXTRA = ("flax", "rich")
 
@@ -172,9 +173,8 @@ def _measured(options: argparse.Namespace, work: _Work, batch_size: int) -> hard
 def _work(options: argparse.Namespace) -> _Work:
     if options.model is None:
         return _Work(options.params if options.shapes is None else options.shapes)
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise PlanError(f'{missing[0]} is missing: pip install "dho2_optax[poc]"')
+    if (said := system.missing("poc", *_EXTRA)) is not None:
+        raise PlanError(said)
     from dho2_optax.poc import data, models, tasks
 
     tasks.check_model(options.model)

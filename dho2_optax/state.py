@@ -1,15 +1,19 @@
 """The state of the optimizers, and how to find it inside the state of a composition."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
+from dho2_optax.arguments import as_written
 from dho2_optax.eigensolver import Spectrum
 from dho2_optax.vectors import unwrapped
 
 
+@as_written
 class DHO2State(NamedTuple):
     """The state of `dho2`, `mr_dho2` and `fosi`."""
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from matplotlib.figure import Figure
 
 import dho2_optax as dho2
 from benchmarks import accelerator, bounds, compile, hostile, machine, memory, networks, plan, scale, shapes, soak
@@ -740,6 +741,22 @@ def test_what_curvature_holds_falls_with_the_devices():
     lines = memory.table({"rows": rows}).splitlines()
     assert [line.split(" | ")[0] for line in lines[-2:]] == ["| 1", "| 8"]
     assert "1/1.0" in lines[-2]
+
+
+def test_the_picture_of_memory_is_in_the_unit_of_the_tables(tmp_path, monkeypatch):
+    rows = json.loads(memory.RESULTS.read_text())["rows"]
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    memory.plot(rows, tmp_path / "memory.png")
+    [figure] = drawn
+    assert figure.axes[0].get_ylabel() == "MiB on each device"
+    lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
+    row = "| 8 | 1,602 | 4,213 | 2,611 | 1,721 |"  # devices, Adam, dho2, less Adam, curvature
+    assert row in memory.table({"rows": rows}).partition("gpt2,")[2]
+    for name, shown in (("update with dho2", 4213), ("curvature in dho2", 1721)):
+        [size] = [y for x, y in lines[name] if x == 8]
+        assert size == pytest.approx(shown, abs=0.5)
+    assert figure.axes[0].yaxis.get_major_formatter()(1000.0) == "1,000"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the package libtpu is not installed")

@@ -144,11 +144,11 @@ def _train(task_module, *arguments):
         (["--model", "transformer"], "unknown model 'transformer': choose from pinn, mlp, cnn"),
         (["--model", "pinn", "--data", "digits"], "--model pinn solves an equation and reads no data"),
         (["--model", "mlp,"], "--model: expected names separated by commas"),
-        (["--optimizers", "sgd,newton"], "unknown optimizer 'newton': choose from sgd, adam"),
+        (["--optimizers", "sgd,newton"], "argument --optimizers: unknown optimizer 'newton': choose from sgd, adam"),
         (["--lr", "adam"], "--lr: expected NAME=VALUE, got 'adam'"),
         (["--lr", "adam=fast"], "--lr: expected a number, got 'fast'"),
         (["--lr", "adam=-1"], "--lr: a learning rate must be positive"),
-        (["--lr", "newton=1"], "unknown optimizer 'newton'"),
+        (["--lr", "newton=1"], "argument --lr: unknown optimizer 'newton': choose from sgd, adam"),
         (["--lr", "adam=1", "--optimizers", "sgd"], "--lr adam: that optimizer is not among"),
         (["--target", "nan"], "--target: expected a number, got 'nan'"),
         (["--seeds", "0,-1"], "--seeds: expected a whole number of at least 0"),
@@ -252,10 +252,21 @@ def test_an_output_folder_that_cannot_be_written(capsys, tmp_path):
         assert f"--out {out} cannot be written" in _rejected(capsys, "--out", str(out))
 
 
-def test_a_missing_extra_says_how_to_install_it(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "package", "extra"),
+    [
+        (("poc",), "rich", "poc"),
+        (("plan", "--model", "mlp"), "rich", "poc"),
+        (("poc", "--model", "pinn", "--tensorboard", "board"), "tensorboardX", "monitor"),
+    ],
+)
+def test_a_missing_extra_says_how_to_install_it(arguments, package, extra, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "rich" else find(name))
-    assert 'rich is missing: pip install "dho2_optax[poc]"' in _rejected(capsys)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name))
+    assert cli.main(arguments) == 2
+    said = f'dho2-optax: error: {package} is missing: pip install "dho2_optax[{extra}]"\n'
+    assert capsys.readouterr().err == said
 
 
 def test_a_missing_command(capsys):

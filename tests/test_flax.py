@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax.training import train_state
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dho2_optax as dho2
 from dho2_optax.flax import TrainState
@@ -48,6 +50,29 @@ def _spy(seen):
         return jax.tree.map(lambda g: -0.1 * g, grads), state
 
     return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+class _Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(nn.tanh(nn.Dense(4)(x)))
+
+
+def _trained(tx, params, batch, gather=lambda params: params):
+    """The parameters after three updates."""
+
+    @jax.jit
+    def step(state, batch):
+        def loss_fn(params):
+            return jnp.mean((state.apply_fn({"params": gather(params)}, batch[0]) - batch[1]) ** 2)
+
+        return state.apply_gradients(grads=jax.grad(loss_fn)(state.params), value_fn=loss_fn)
+
+    state = TrainState.create(apply_fn=_Net().apply, params=params, tx=tx)
+    for _ in range(3):
+        state = step(state, batch)
+    assert int(dho2.metrics(state.opt_state)["refreshes"]) > 0
+    return state.params
 
 
 _REFRESHED = {"rank": 2, "refresh_interval": 1, "warmup_steps": 1, "eigensolver": dho2.Eigensolver(order=4)}
@@ -184,3 +209,22 @@ def test_products_on_a_part():
         names, streaming = _run(blocks[number + 2], names)
         assert streaming < 0.1
         assert dho2.metrics(_optimizer_state(names))["matvecs"] > 16
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_parameters_sharded_as_the_batch_train_as_on_one_device(kind):
+    """On Explicit axes the loss gathers what it applies, since `nn.Dense` does not."""
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(kind,))
+    x = jax.random.normal(jax.random.key(0), (8, 4))
+    batch = x, jnp.sin(3 * x[:, :2])
+    params = _Net().init(jax.random.key(1), x)["params"]
+    tx = dho2.dho2(optax.adam(1e-2), **_REFRESHED)
+
+    def gather(params):
+        return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec())), params)
+
+    placed = jax.device_put((params, batch), NamedSharding(mesh, PartitionSpec("data")))
+    found = _trained(tx, *placed, *([gather] if kind == AxisType.Explicit else []))
+    for leaf, expected in zip(jax.tree.leaves(found), jax.tree.leaves(_trained(tx, params, batch)), strict=True):
+        np.testing.assert_allclose(leaf, expected, rtol=1e-4, atol=1e-6)
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data")), leaf.ndim)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import resource
@@ -128,6 +129,50 @@ def test_the_report_says_which_devices_find_curvature(tmp_path):
     assert "4 Lanczos processes launched, 3 put in use, 1 without a result; the last was 7 steps old" in page
     assert ">4 + 3</td>" in page
     assert ">5 kB</td>" in page
+
+
+def _printed(found, tmp_path):
+    from rich.console import Console
+
+    with open(tmp_path / "tables.txt", "w+") as file:
+        report.print_tables(found, Console(file=file, width=1000))
+        file.seek(0)
+        return file.read()
+
+
+def test_alarms_are_explained_in_the_report_and_named_in_the_terminal(tmp_path):
+    alarms = {
+        "gradient share": {"count": 3, "last": 12, "text": "0.004 of the gradient is in the subspace; raise `rank`"},
+        "base brake": {"count": 1, "last": 8, "text": "the base's step is shortened to 0.2"},
+    }
+    found = _results(
+        _row("adam", _decay(0.2)),
+        _row("dho2", _decay(0.4), looks=20),
+        _row("fosi", [1.0] * 20, looks=20, alarms=alarms),
+    )
+    found.save(tmp_path / "results.json")
+    found = Results.load(tmp_path / "results.json")
+    page = report.write_html(found, tmp_path).read_text()
+    run = "mlp, fosi on 8 devices, seed 0"
+    assert f"{run}: gradient share, in 3 of 20 looks at the metrics, the last after 12 updates: 0.004 of the" in page
+    assert f"{run}: base brake, in 1 of 20 looks at the metrics, the last after 8 updates: the base&#39;s step" in page
+    assert "mlp, dho2 on 8 devices, seed 0: " not in page
+    printed = _printed(found, tmp_path)
+    assert "\nAlarms\n  - fosi on mlp: gradient share, base brake. What to do is in report.html." in printed
+    assert "0.004 of the gradient" not in printed
+
+
+def test_results_without_alarms_or_of_before_there_were_any_have_no_such_heading(tmp_path):
+    path = tmp_path / "results.json"
+    _results(_row("adam", _decay(0.2)), _row("dho2", _decay(0.4), looks=20)).save(path)
+    fields = json.loads(path.read_text())
+    for row in fields["rows"]:
+        del row["looks"], row["alarms"]
+    older = tmp_path / "older.json"
+    older.write_text(json.dumps(fields))
+    for found in map(Results.load, (path, older)):
+        assert "Alarms" not in report.write_html(found, tmp_path).read_text()
+        assert "Alarms" not in _printed(found, tmp_path)
 
 
 def test_a_long_list_of_optimizers_is_cut_in_parts_that_fit():
@@ -323,6 +368,22 @@ def test_an_interrupt_keeps_what_is_done(tmp_path, monkeypatch):
     found = _run(tmp_path, _bowl(1.0), seeds=(0, 1, 2, 3))
     assert found.status == "interrupted"
     assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 2
+
+
+def test_what_gives_cause_for_concern_in_a_run_is_in_its_row(tmp_path):
+    bowl = _bowl(1.0)
+    plane = dataclasses.replace(bowl, loss_fn=lambda params, batch: (params["w"].sum() - 9.0) * batch["x"].mean())
+    names = ("sgd", "dho2")
+    found = _run(tmp_path, plane, optimizers=names, chosen={"bowl": names}, num_steps={"bowl": 25})
+    first_order, hybrid = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert (first_order["looks"], first_order["alarms"]) == (0, {})
+    assert hybrid["looks"] == 25
+    [refreshed, *_] = hybrid["refresh_steps"]
+    alarm = hybrid["alarms"]["no active pairs"]
+    assert (alarm["count"], alarm["last"]) == (25 - refreshed, 25)
+    assert "there is no curvature" in alarm["text"]
+    assert f"no active pairs, in {alarm['count']} of 25 looks" in (tmp_path / "report.html").read_text()
+    assert found.rows[1].alarms == hybrid["alarms"]
 
 
 def test_counts_that_are_only_compiled_are_marked_and_measured(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+import dho2_optax
 from dho2_optax.poc import data, equations, optimizers, tasks, training
 from dho2_optax.poc.tasks import Task
 
@@ -183,6 +184,21 @@ def test_devices_that_do_not_train_find_curvature(digits, devices):
     assert run.counters["installed"] == len(run.refresh_steps) >= 1
     assert run.counters["failures"] == run.counters["stalls"] == run.counters["rejected"] == 0
     assert program.footprint.curvature_device > program.footprint.parameters
+
+
+def test_the_metrics_of_a_run_are_looked_at_fifty_times_or_more(task, monkeypatch):
+    seen = []
+
+    def alarms(metrics, before, *, max_age):
+        seen.append((before["updates"], metrics["updates"], max_age))
+        return ["one: a"] if metrics["updates"] == 8 else ["two: b; c: d"] if metrics["updates"] > 116 else []
+
+    monkeypatch.setattr(dho2_optax, "alarms", alarms)
+    _, run = _train(task, _spec("fosi", rate=1e-3, devices=1, steps=120))
+    assert seen == [(count - 2, count, 12) for count in range(2, 121, 2)]  # of the interval of 4, three times
+    assert run.looks == 60
+    found = {"one": {"count": 1, "last": 8, "text": "a"}, "two": {"count": 2, "last": 120, "text": "b; c: d"}}
+    assert run.alarms == found
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import ast
 import inspect
 import pydoc
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -66,12 +67,28 @@ def test_what_is_not_documented_here_is_said_to_be_documented_elsewhere(thing):
         assert missing <= set(inspect.signature(dho2.dho2).parameters)
 
 
-@pytest.mark.parametrize("name", sorted(set(dho2.__all__) - {"DHO2State", "Spectrum", "__version__"}))  # made by us
+def _signatures(thing: object) -> list[inspect.Signature]:
+    """Of a function, or of a class and of the methods that it does not inherit."""
+    methods = vars(thing).items() if inspect.isclass(thing) else ()
+    own = [method for name, method in methods if inspect.isfunction(method) and not name.startswith("_")]
+    return [inspect.signature(x) for x in (thing, *own)]
+
+
+@pytest.mark.parametrize("name", sorted(set(dho2.__all__) - {"__version__"}))
 def test_signatures_can_be_read(name):
     """In `help()` types have the names that the source gives them, not what these stand for."""
-    signature = inspect.signature(getattr(dho2, name))
-    for parameter in signature.parameters.values():
-        assert len(str(parameter)) <= 70
-    assert "Literal" not in str(signature)
-    assert len(str(signature)) <= 500
-    assert str(signature) in pydoc.plain(pydoc.render_doc(getattr(dho2, name)))
+    shown = pydoc.plain(pydoc.render_doc(getattr(dho2, name)))
+    assert "ForwardRef" not in shown.partition("inherited from")[0]
+    for signature in _signatures(getattr(dho2, name)):
+        for parameter in signature.parameters.values():
+            assert len(str(parameter)) <= 70
+        assert not re.search("Literal|ForwardRef|<|jaxlib", str(signature))  # "<" as in <object object at 0x7f...>
+        assert len(str(signature)) <= 500
+        assert str(signature) in shown
+
+
+@pytest.mark.parametrize("kind", [dho2.Density, dho2.Metric, dho2.Spectrum])  # of `DHO2State` those of optax are not
+def test_types_of_the_fields_of_tuples_are_found(kind):
+    hints = typing.get_type_hints(kind)
+    assert tuple(hints) == kind._fields
+    assert not any(isinstance(hint, str | typing.ForwardRef) for hint in hints.values())

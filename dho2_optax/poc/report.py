@@ -114,7 +114,7 @@ def print_tables(results: Results, console: Console) -> None:
         group = [s for s in costs if s.task == task]
         if len({s.devices for s in group}) > 1:
             console.print(_memory_table(task, group))
-    verdict, *rest = _said(results)
+    verdict, *rest = _said(results, brief=True)
     for heading, sentences in (*rest, verdict):  # the last is what is seen
         console.print(f"[bold]{heading}[/bold]")
         for sentence in sentences:
@@ -238,8 +238,11 @@ def _cell(summary: Summary, column: _Column) -> str:
     return text
 
 
-def _said(results: Results) -> list[tuple[str, Sequence[str]]]:
-    """Return headings with their sentences, generated from the rows; the first are the verdicts."""
+def _said(results: Results, *, brief: bool = False) -> list[tuple[str, Sequence[str]]]:
+    """Return headings with their sentences, generated from the rows; the first are the verdicts.
+
+    In brief, alarms are named and not explained.
+    """
     found = findings(results)
     sections: list[tuple[str, Sequence[str]]] = [("Verdict", verdicts(results))]
     if results.status == "interrupted":
@@ -257,6 +260,8 @@ def _said(results: Results) -> list[tuple[str, Sequence[str]]]:
         sections.append(("Runs that did not finish", found["failures"]))
     if found["memory"]:
         sections.append(("Memory", found["memory"]))
+    if raised := _alarms(results):
+        sections.append(("Alarms", [_named(results)] if brief else raised))
     reading = [
         f"{target.task}: the target is a training loss of {target.loss:.4g}, {target.origin}."
         for target in results.targets
@@ -268,6 +273,26 @@ def _said(results: Results) -> list[tuple[str, Sequence[str]]]:
             reading.append(_VIRTUAL_PROCESSES)
     sections.append(("How to read this", reading))
     return sections
+
+
+def _alarms(results: Results) -> list[str]:
+    """Say what of each run gave cause for concern, how often, and what to do."""
+    return [
+        f"{row.task}, {row.optimizer} on {count_devices(row.devices)}, seed {row.seed}: {name}, in {alarm['count']} of "
+        f"{row.looks} looks at the metrics, the last after {alarm['last']} updates: {alarm['text']}."
+        for row in results.rows
+        for name, alarm in row.alarms.items()
+    ]
+
+
+def _named(results: Results) -> str:
+    """Name the alarms of each optimizer in one line."""
+    names: dict[str, dict[str, None]] = {}
+    for row in results.rows:
+        if row.alarms:
+            names.setdefault(f"{row.optimizer} on {row.task}", {}).update(dict.fromkeys(row.alarms))
+    raised = "; ".join(f"{run}: {', '.join(found)}" for run, found in names.items())
+    return f"{raised}. What to do is in report.html."
 
 
 def _by_task(counts: dict[str, int], what: str) -> str:

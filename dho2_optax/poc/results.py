@@ -67,6 +67,10 @@ class Row:
     counters: dict[str, float] = dataclasses.field(default_factory=dict)
     # Steps before which a run that was cut off went on, and on how many devices.
     taken_up: list[list[int]] = dataclasses.field(default_factory=list)
+    # Looks at the metrics of a hybrid, and by name what `dho2_optax.alarms` said: in how many ("count"), after how many
+    # updates at last ("last"), and then in which words ("text").
+    looks: int = 0
+    alarms: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     eval_seconds: float | None = None
     final_loss: float | None = None
     test_loss: float | None = None

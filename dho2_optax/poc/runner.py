@@ -381,6 +381,7 @@ class _Session:
         row.losses, row.seconds = measured.losses, measured.seconds
         row.refresh_steps, row.probe_steps = measured.refresh_steps, measured.probe_steps
         row.counters, row.taken_up = measured.counters, measured.taken_up
+        row.looks, row.alarms = measured.looks, measured.alarms
         row.test_loss, row.test_accuracy = measured.test_loss, measured.test_accuracy
         row.test_error = measured.test_error
         row.eval_seconds = measured.eval_seconds

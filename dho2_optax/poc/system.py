@@ -1,6 +1,7 @@
-"""Dealings with the system: files replaced at once, a folder of one's own, SIGTERM, and text that fits a line."""
+"""Dealings with the system: files replaced at once, a folder of one's own, SIGTERM, packages, text that fits a line."""
 
 import contextlib
+import importlib.util
 import os
 import signal
 import sys
@@ -11,7 +12,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-__all__ = ["describe", "locked", "on_sigterm", "one_line", "postponed_signals", "reason", "replace"]
+__all__ = ["describe", "locked", "missing", "on_sigterm", "one_line", "postponed_signals", "reason", "replace"]
+
+
+def missing(extra: str, *packages: str) -> str | None:
+    """What to say of the first of some packages that is not installed, with the extra that brings it.
+
+    Example:
+      >>> from dho2_optax.poc.system import missing
+      >>> missing("poc", "jax", "no_such_package")
+      'no_such_package is missing: pip install "dho2_optax[poc]"'
+    """
+    lacking = (name for name in packages if importlib.util.find_spec(name) is None)
+    return next((f'{name} is missing: pip install "dho2_optax[{extra}]"' for name in lacking), None)
 
 
 def one_line(text: str, most: int = 300) -> str:

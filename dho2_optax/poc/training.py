@@ -27,6 +27,7 @@ _AXIS = "data"
 _MAX_EVALUATION_BATCH = 2000
 # Of LLVM: it takes half the time to compile.
 _UNOPTIMIZED: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+_LOOKS = 50  # at least, at a hybrid's metrics in a run of so many steps, for what gives cause for concern
 _COUNTERS = ("refreshes", "rejected_refreshes", "matvecs", "eigenvalue_max")
 
 
@@ -87,6 +88,8 @@ class Run:
     probe_steps: list[int]  # the other steps in which a curvature product was made
     counters: dict[str, float]  # the last values of the optimizer's own counters
     taken_up: list[list[int]]  # the steps before which it went on from a checkpoint, and on how many devices
+    looks: int = 0  # at the metrics of a hybrid
+    alarms: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # what they found, see `Row.alarms`
     test_loss: float | None = None
     test_accuracy: float | None = None
     test_error: float | None = None
@@ -234,7 +237,8 @@ def train(
     """Train from a seed, waiting for every step so that its time is its own.
 
     Placing the batch on the devices is not part of a step's time: it is the same for all. What a step does for
-    devices that find curvature is.
+    devices that find curvature is. Now and then there is a look at the metrics of a hybrid, between two steps, which is
+    in the time of neither.
 
     Args:
       task: what to train.
@@ -269,6 +273,7 @@ def train(
     if group is not None:
         group.warm_up(state, params, first)
     batches = _batches(task, spec.batch_size, seed, mesh, skip=len(run.losses))
+    seen = _metrics(state, group) if OPTIMIZERS[spec.optimizer].hybrid else None
     try:
         with system.postponed_signals() as interrupted:
             for step in range(len(run.losses), spec.num_steps):
@@ -287,6 +292,9 @@ def train(
                 elif _grew("matvecs", before, run.counters):
                     run.probe_steps.append(step)
                 on_step(step, run.losses[-1])
+                if seen is not None and (step + 1) % max(1, spec.num_steps // _LOOKS) == 0:
+                    before, seen = seen, _metrics(state, group)
+                    _note(run, dho2_optax.alarms(seen, before, max_age=3 * spec.refresh_interval))
                 if record is not None:
                     record(step, {"loss": run.losses[-1], "seconds": run.seconds[-1], **values})
                 if not math.isfinite(run.losses[-1]):
@@ -318,6 +326,20 @@ def _take_up(checkpoints: Checkpoints, params: Any, state: Any, run: Run, num_de
     run = Run(**saved.measured)
     run.taken_up.append([len(run.losses), num_devices])
     return arrays["params"], arrays["state"], run
+
+
+def _metrics(state: Any, group: Any) -> dict[str, float]:
+    """All that a hybrid's state says, and the group that finds its curvature, if there is one."""
+    values = dho2_optax.metrics(state) | ({} if group is None else group.metrics())
+    return {name: float(value) for name, value in values.items()}
+
+
+def _note(run: Run, lines: list[str]) -> None:
+    """Count the alarms of a look at the last step, and keep what each said."""
+    run.looks += 1
+    for name, text in dict(line.split(": ", 1) for line in lines).items():
+        count = run.alarms.get(name, {"count": 0})["count"]
+        run.alarms[name] = {"count": count + 1, "last": len(run.losses), "text": text}
 
 
 def _grew(name: str, before: dict[str, float], after: dict[str, float]) -> bool:
