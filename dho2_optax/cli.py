@@ -487,7 +487,7 @@ def _resumed(options: argparse.Namespace) -> "_Plan":
             if num_processes > min(settings.devices) or size % num_processes:
                 raise _UsageError(
                     f"--resume: {num_processes} processes cannot share {min(settings.devices)} devices and batches of "
-                    f"{size}: start as many as divide both"
+                    f"{size}: start no more than the first, and as many as divide the second"
                 )
     options = _parser().parse_args(arguments)
     tasks = _tasks(options)
