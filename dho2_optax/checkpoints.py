@@ -254,7 +254,10 @@ def _placed(path: Path, x: Any, like: Any) -> Any:
         return x
     if isinstance(like, jax.Array) and not like.committed:
         return jnp.asarray(x)
-    return jax.device_put(x, sharding)
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    # Of several processes each has the whole and makes its own shards. `device_put` would send all to all to compare.
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def _check_paths(saved: Mapping[Path, Any], like: Any) -> None:

@@ -6,6 +6,7 @@ touches a device before the number of virtual devices has been set.
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import math
 import os
@@ -200,14 +201,20 @@ def _add_report_options(poc: argparse.ArgumentParser) -> None:
         help="training loss that counts as done (default: the task's own, or what the best first-order optimizer "
         "ends at)",
     )
-    report.add_argument("--out", type=Path, default=Path("poc-report"), metavar="DIR", help="default poc-report")
+    report.add_argument(
+        "--out",
+        type=Path,
+        default=Path("poc-report"),
+        metavar="DIR",
+        help="default poc-report; of several processes a folder that all see",
+    )
     held = report.add_mutually_exclusive_group()
     held.add_argument("--overwrite", action="store_true", help="replace the report that --out holds")
     held.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in --out, with its options, on the devices that are left: what had ended stays, what "
-        "was cut off goes on from its last checkpoint",
+        help="go on with the run in --out, with its options, on the devices and in the processes that are left: what "
+        "had ended stays, what was cut off goes on from its last checkpoint",
     )
     report.add_argument(
         "--checkpoint-every",
@@ -349,7 +356,7 @@ def _poc(options: argparse.Namespace, command: str) -> int:
         raise _UsageError(said)
     if options.resume:
         _check_resume(options)
-    plan = None if options.resume else _plan(options, command)
+    plan = _resumed(options) if options.resume else _plan(options, command)
     from rich.console import Console
 
     from dho2_optax.poc import runner
@@ -360,10 +367,10 @@ def _poc(options: argparse.Namespace, command: str) -> int:
     if first:
         out = _output_folder(options.out, overwrite=options.overwrite, resume=options.resume)
     with out as folder, contextlib.ExitStack() as stack:
-        earlier = None
-        if plan is None:
-            earlier = _earlier(folder)
-            plan = _resumed(earlier)
+        earlier = _earlier(folder) if options.resume else None  # again: another run may have had the folder till now
+        processes.any_of()  # all have read it before the first writes, and that one has made the folder
+        if not folder.is_dir():
+            raise _UsageError(f"--out {folder}: not the folder of the first process; give one that all processes see")
         given = (options.checkpoint_every, plan.checkpoint_every, _CHECKPOINT_SECONDS)
         every = next(seconds for seconds in given if seconds is not None)
         recorder = _recorder(plan, options, first=first)
@@ -385,8 +392,6 @@ def _poc(options: argparse.Namespace, command: str) -> int:
 def _plan(options: argparse.Namespace, command: str) -> "_Plan":
     """Check what can be checked before anything is written."""
     available, num_processes = _join(options)
-    if num_processes > 1 and options.checkpoint_every is not None:
-        raise _UsageError("--checkpoint-every: a run in several processes is not saved; drop it")
     trained = options.devices or (num_processes * _default_devices(available // num_processes),)
     if max(trained) > available:
         raise _UsageError(f"--devices {max(trained)}: there are only {available} devices")
@@ -455,7 +460,7 @@ def _check_resume(options: argparse.Namespace) -> None:
     """Refuse what is no run, and options of the run that goes on: it has its own."""
     if not (options.out / "results.json").exists():
         raise _UsageError(f"--resume: there is no run in {options.out}")
-    free = ("command", "out", "resume", "quiet", "checkpoint_every")
+    free = ("command", "out", "resume", "quiet", "checkpoint_every", "coordinator", "num_processes", "process_id")
     defaults = _parser().parse_args(["poc"])
     for name, value in vars(options).items():
         if name not in free and value != getattr(defaults, name):
@@ -472,19 +477,26 @@ def _earlier(folder: Path) -> "Results":
         raise _UsageError(f"--resume: {system.reason(error)}") from error
 
 
-def _resumed(earlier: "Results") -> "_Plan":
-    """What the run was to do, on the devices that there are."""
+def _resumed(options: argparse.Namespace) -> "_Plan":
+    """What the run was to do, on the devices and in the processes that there are."""
     from dho2_optax.poc import runner
 
+    earlier = _earlier(options.out)
     try:
         settings = runner.Settings.of(earlier.settings)
         _, *arguments = shlex.split(settings.command)
     except (TypeError, ValueError, KeyError) as error:
         raise _UsageError(f"--resume: the settings are not of this version: {system.describe(error)}") from error
+    _, num_processes = _join(options, max((*settings.devices, *settings.compiled_devices)))
+    if num_processes > 1:
+        settings = dataclasses.replace(settings, compiled_devices=())
+        for size in settings.batch_size.values():
+            if num_processes > min(settings.devices) or size % num_processes:
+                raise _UsageError(
+                    f"--resume: {num_processes} processes cannot share {min(settings.devices)} devices and batches of "
+                    f"{size}: start no more than the first, and as many as divide the second"
+                )
     options = _parser().parse_args(arguments)
-    if options.num_processes is not None:
-        raise _UsageError("--resume: a run in several processes is not saved, so it cannot go on")
-    _start_devices(max((*settings.devices, *settings.compiled_devices)))
     tasks = _tasks(options)
     for name in settings.optimizers:
         if name not in OPTIMIZERS:
@@ -494,12 +506,15 @@ def _resumed(earlier: "Results") -> "_Plan":
     return _Plan(settings, tasks, options.checkpoint_every, options.metrics, options.tensorboard)
 
 
-def _join(options: argparse.Namespace) -> tuple[int, int]:
-    """Join the other processes, if there are any; return the device count and that of the processes."""
+def _join(options: argparse.Namespace, most: int = _DEFAULT_VIRTUAL_DEVICES) -> tuple[int, int]:
+    """Join the other processes, if there are any; return the device count and that of the processes.
+
+    Of CPU there will be as many devices as `options` says, or else `most`, rounded up to as many in each process.
+    """
     where = (options.coordinator, options.num_processes, options.process_id)
     try:
         number = processes.number(*where)
-        wanted = options.devices or (number * -(-_DEFAULT_VIRTUAL_DEVICES // number),)
+        wanted = options.devices or (number * -(-most // number),)
         local = processes.local_devices(wanted, number)
         if number > 1:
             processes.join(*where)

@@ -595,7 +595,9 @@ class CurvatureGroup:
                 replicated,
                 None if found.orthonormalizer is None else replicated,
             ),
+            may_alias=False,  # the state may be donated, and the group keeps what it has found
         )
+        nothing: Any = ()
         if self._deliver is None:
             damping, metric, axis_name = self._solver.damping, self._metric, self._optimizers_axis(ours, params)
 
@@ -614,20 +616,22 @@ class CurvatureGroup:
                     damping=damping,
                     axis_name=segments.bound_axis(axis_name),
                 )
-                return state._replace(matvecs=counters.add(state.matvecs, matvecs))
+                # The new spectrum goes into the state as it is: what a program returns it would copy.
+                return state._replace(matvecs=counters.add(state.matvecs, matvecs), spectrum=nothing)
 
             elementwise = ours.factors is not None and ours.factors.metric(metric).elementwise
 
             def specs(axis_name: str) -> tuple[Any, Any]:
                 kept, whole = _specs_as_kept(ours, axis_name, elementwise), PartitionSpec()
-                return (kept, kept.spectrum, kept.factors, whole, whole, whole), kept
+                return (kept, kept.spectrum, kept.factors, whole, whole, whole), kept._replace(spectrum=nothing)
 
             run = _as_the_optimizer(deliver, ours, axis_name, specs)
-            self._deliver = jax.jit(run, out_shardings=jax.tree.map(lambda x: x.sharding, ours))
+            shardings = jax.tree.map(lambda x: x.sharding, ours._replace(spectrum=nothing))
+            self._deliver = jax.jit(run, out_shardings=shardings)
         ours = self._deliver(
             ours, moved, factors, params, jnp.int32(min(launched_at, counters.LARGEST)), jnp.int32(matvecs)
         )
-        return replace_state(state, ours._replace(base_state=base_state))
+        return replace_state(state, ours._replace(base_state=base_state, spectrum=moved))
 
     def _relayout(self, found: Packed, target: Packed, params: Any) -> Packed:
         """Eigenvectors in the buffers of the group, in those of the optimizer."""

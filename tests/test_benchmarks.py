@@ -5,7 +5,10 @@ import functools
 import importlib.util
 import json
 import math
+import socket
+import struct
 import sys
+import threading
 import time
 
 import jax
@@ -16,7 +19,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import dho2_optax as dho2
-from benchmarks import accelerator, bounds, compile, hostile, machine, memory, networks, plan, scale, shapes, soak
+from benchmarks import accelerator, bounds, compile, hostile, machine, memory, networks, plan, scale, shapes, soak, wire
 from benchmarks.target import methods, report, safeguards, tasks, training
 from benchmarks.target.equations import EQUATIONS, relative_error
 from benchmarks.target.interface import Method, Setting, Trainer
@@ -853,3 +856,68 @@ def test_a_soak_names_what_is_wrong():
     result["events"]["dim"]["counted"] = 1
     result["parameters_finite"] = False
     assert len(soak.problems(result)) == 7
+
+
+# Bytes on the wire.
+
+
+def test_the_count_of_a_connection_is_read_where_linux_writes_it():
+    def info(state):
+        return struct.pack("=B135xI60xQQ40x", state, 7, 2**40 + 9, 9)
+
+    assert wire.sent_by(info(1)) == (2**40, 7)
+    assert wire.sent_by(info(6)) is None  # closed, and waiting
+
+
+def test_the_bytes_of_open_connections_are_counted_but_for_those_of_the_coordinator():
+    size = 10**6
+    with socket.create_server(("localhost", 0)) as server, socket.create_connection(server.getsockname()) as one:
+        other, _ = server.accept()
+        port = server.getsockname()[1]
+        with other:
+            all_before, rest_before = wire.sent(0), wire.sent(port)
+            thread = threading.Thread(target=one.sendall, args=(bytes(size),))
+            thread.start()
+            received = 0
+            while received < size:
+                received += len(other.recv(2**16))
+            thread.join()
+            assert wire.sent(0).since(all_before).bytes == size
+            assert wire.sent(0).since(all_before).segments >= size / 2**16
+            assert wire.sent(port).since(rest_before).bytes == 0
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_the_formula_is_that_of_the_plan(processes):
+    size, products = 4 * 10**6, 6
+    planned = dho2.plan(10**6, batch_size=256, devices=processes, hardware="h100", rank=3, order=products, interval=50)
+    [form] = [x for x in planned.forms if x.name == "synchronous"]
+    assert wire.formula("update", size, processes) == pytest.approx(form.step_bytes)
+    assert wire.formula("refresh", size, processes, products) == pytest.approx(form.refresh_bytes)
+    made_of = [wire.formula(x, size, processes) for x in ("all-gather", "reduce-scatter", "all-reduce")]
+    assert wire.formula("adam", size, processes) == made_of[2] == made_of[0] + made_of[1]
+    assert made_of[0] == size * (processes - 1) / processes
+
+
+def test_rows_are_means_over_the_processes_and_are_shown():
+    found = [
+        {"parameters": 1000, "products": 8, "rows": {"refresh": [bytes_sent, 10], "all-reduce": [3072, 2]}}
+        for bytes_sent in (31000, 35000)
+    ]
+    refresh, reduced = wire.summed(found)
+    assert (refresh["bytes"], refresh["least"], refresh["most"]) == (33000, 31000, 35000)
+    assert refresh["formula"] == 2 * 8 * 4000 / 2
+    assert refresh["headers"] == 520
+    assert reduced["formula"] == 4 * 768  # numbers that every number of processes divides
+    shown = wire.table({"rows": [refresh, reduced]}).splitlines()
+    assert shown[2] == "| 2 | 1,000 | refresh | 0.033 | 0.032 | 1.0312 | 0.969, 1.094 | 1.58% |"
+    assert len(shown) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_send_what_the_formula_says():
+    """And some hundred bytes for every collective."""
+    rows = wire.run(2, (128, 256, 128), calls=2)
+    assert [row["what"] for row in rows] == ["adam", "update", "refresh", "all-gather", "reduce-scatter", "all-reduce"]
+    for row in rows:
+        assert 1 <= row["bytes"] / row["formula"] < 1.05, row

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dho2_optax import cli
-from dho2_optax.poc import processes
+from dho2_optax.poc import processes, results
 from tests.helpers import AXIS, make_mesh
 from tests.processes import ROOT, finish, start
 from tests.test_cli import TASK_MODULE
@@ -81,7 +83,8 @@ def test_one_process_has_its_devices_in_order_and_places_as_ever():
 
 
 def _command(out, *arguments):
-    return ("-W", "error", "-m", "dho2_optax", "poc", "--task", "lines:line", "--out", str(out), *arguments)
+    task = () if "--resume" in arguments else ("--task", "lines:line")
+    return ("-W", "error", "-m", "dho2_optax", "poc", *task, "--out", str(out), *arguments)
 
 
 @pytest.fixture
@@ -158,3 +161,89 @@ def test_where_one_process_is_lost_the_other_ends_in_time_with_one_clear_line(go
     assert len(said) == 1, errors
     assert re.match("dho2-optax: error: another process has ended or cannot be reached", said[0])
     assert "Traceback" not in errors
+
+
+_STEPS = 200
+_SAVED = (
+    "--optimizers",
+    "dho2",
+    "--steps",
+    str(_STEPS),
+    "--devices",
+    "2",
+    "--rank",
+    "2",
+    "--refresh-interval",
+    "10",
+    "--lr",
+    "dho2=0.01",
+)
+
+
+def _row(out):
+    [row] = json.loads((out / "results.json").read_text())["rows"]
+    return row
+
+
+def _last_checkpoint(out):
+    return max((int(path.name) for path in (out / "poc-checkpoints").glob("*/*") if path.name.isdigit()), default=0)
+
+
+def _steps_made():
+    """The steps that were made, in the order of their making, by the lines of `--metrics`."""
+    return [json.loads(line)["step"] for line in Path("metrics").read_text().splitlines()]
+
+
+def _stop_one(out, gone, how, deadline=150):
+    """Start two processes and send one of them a signal after some checkpoints; the ends of both."""
+    both = _start(2, 1, out, *_SAVED, "--metrics", "metrics", "--checkpoint-every", "0.3")
+    end = time.monotonic() + deadline
+    while _last_checkpoint(out) < 12 and all(x.poll() is None for x in both) and time.monotonic() < end:
+        time.sleep(0.01)
+    both[gone].send_signal(how)
+    return finish(both)
+
+
+def _assert_goes_on(out, num_processes, num_devices, expected):
+    """From its last checkpoint, to the end of the run that was never stopped."""
+    step, before = _last_checkpoint(out), len(_steps_made())
+    assert 12 <= step < _STEPS
+    ends = finish(_start(num_processes, num_devices, out, "--resume"))
+    assert [code for code, _, _ in ends] == [0] * num_processes, ends
+    assert not any(_said(errors) for _, _, errors in ends)
+    assert _steps_made()[before:] == list(range(step, _STEPS))  # nothing is done again
+    row = _row(out)
+    assert (row["status"], row["taken_up"]) == ("ok", [[step, num_processes * num_devices]])
+    np.testing.assert_allclose(row["losses"], expected["losses"], rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(row["test_loss"], expected["test_loss"], rtol=1e-5, atol=1e-9)
+    assert row["refresh_steps"] == expected["refresh_steps"]
+    assert len(row["seconds"]) == _STEPS
+    assert not (out / "poc-checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_here")
+def test_after_one_of_two_processes_is_killed_both_go_on_from_the_last_checkpoint(tmp_path):
+    """Or one goes on alone, with the devices that it has."""
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "report"
+    [(code, _, errors)] = finish(_start(1, 2, undisturbed, *_SAVED))
+    assert code == 0, errors
+    ends = _stop_one(out, 1, signal.SIGKILL)
+    assert [code for code, _, _ in ends] == [1, -signal.SIGKILL], ends
+    [said] = [line for line in ends[0][2].splitlines() if line.startswith("dho2-optax")]
+    assert "another process has ended or cannot be reached" in said
+    shutil.copytree(out, tmp_path / "copy")
+    _assert_goes_on(out, 2, 1, _row(undisturbed))
+    _assert_goes_on(tmp_path / "copy", 1, 1, _row(undisturbed))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_here")
+def test_where_one_process_is_told_to_stop_all_stop_after_the_same_step(tmp_path):
+    out = tmp_path / "report"
+    ends = _stop_one(out, 1, signal.SIGTERM)
+    assert [code for code, _, _ in ends] == [130, 143], ends
+    found = results.Results.load(out / "results.json")
+    assert (found.status, found.rows) == ("interrupted", [])
+    assert _steps_made() == list(range(_last_checkpoint(out)))  # the step that ran is ended and saved
+    assert (out / "report.html").exists()

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from dho2_optax import cli
-from dho2_optax.poc import report, results, runner, saving, tasks, training
+from dho2_optax.poc import processes, report, results, runner, saving, tasks, training
 
 _STEPS = 12
 
@@ -231,3 +231,23 @@ def test_what_cannot_go_on_is_one_line(capsys, tmp_path):
     assert line.endswith("--resume goes on with the options of the run in --out: drop --steps")
     assert "not allowed with argument" in _complaint(capsys, "--resume", "--overwrite")
     assert "expected a number of at least 0, got '-1'" in _complaint(capsys, "--checkpoint-every", "-1")
+
+
+def test_processes_that_cannot_share_a_run_do_not_go_on_with_it(capsys, tmp_path, trained, monkeypatch):
+    _, cut = trained
+    cut |= {"run": 1, "step": 4}
+    _run(tmp_path, devices=(4,))
+    monkeypatch.setattr(cli, "_join", lambda options, most: (3, 3))
+    line = _complaint(capsys, "--resume", "--out", tmp_path)
+    assert "--resume: 3 processes cannot share 4 devices and batches of 8: start no more than the first, and" in line
+    monkeypatch.setattr(cli, "_join", lambda options, most: (8, 8))
+    assert "8 processes cannot share 4 devices" in _complaint(capsys, "--resume", "--out", tmp_path)
+    assert _saved(tmp_path)
+
+
+def test_a_process_that_does_not_see_the_folder_of_the_first_says_so(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    out = tmp_path / "of the first alone"
+    line = _complaint(capsys, "--model", "mlp", "--steps", 1, "--devices", 1, "--out", out)
+    assert line.endswith(f"--out {out}: not the folder of the first process; give one that all processes see")
+    assert not out.exists()

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import math
 import re
 import subprocess
 import sys
@@ -278,6 +279,50 @@ def test_beside_a_mesh_with_a_second_axis(explicit):
 def test_deterministic_runs_agree_bit_for_bit():
     first, second = (_train(7, 1, segments=True) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["one device", "mesh"])
+def test_eigenvectors_are_put_in_use_without_a_second_copy_of_them(split):
+    """The program of the installation reads them and returns none."""
+    params, rank = {"w": jnp.ones((64, 50))}, 8
+    options = {}
+    if split:
+        mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+        params = jax.device_put(params, NamedSharding(mesh, P()))
+        options = {"split": dho2.Split("data", mesh=mesh)}
+    tx = dho2.dho2(optax.adam(0.1), rank=rank, refresh_interval=None, **options)
+    state, batch = tx.init(params), np.ones((8, 50), np.float32)
+    loss_fn = lambda params, batch: jnp.mean(jnp.tanh(batch @ params["w"].T) ** 2)  # noqa: E731
+    with dho2.CurvatureGroup(loss_fn, devices=jax.devices()[-1:], rank=rank, interval=4) as group:
+        group.warm_up(state, params, batch)
+        deliver, seen = group._deliver, []
+        group._deliver = lambda *arguments: seen.append(arguments) or deliver(*arguments)
+        group.warm_up(state, params, batch)
+    program = deliver.lower(*seen[0]).compile()
+    text = program.as_text()
+    held = rank * 64 * 50 // (4 if split else 1)
+    stacks = [shape for shape in re.findall(r"f32\[([\d,]+)\]\S* copy\(", text) if _size(shape) >= held]
+    assert any(_size(shape) >= held for shape in re.findall(r"f32\[([\d,]+)\]\S* parameter\(", text))
+    assert stacks == []
+    assert program.memory_analysis().output_size_in_bytes < 4 * held
+
+
+def _size(shape):
+    return math.prod(map(int, shape.split(",")))
+
+
+def test_what_a_group_has_found_survives_the_donation_of_the_state_on_its_own_device():
+    problem = _Quadratic(interval=2, deterministic=True)
+    problem.group.close()
+    problem.group = _group(
+        curvature=_product, devices=jax.devices()[:1], rank=_RANK, order=10, interval=2, deterministic=True
+    )
+    with problem.group as group:
+        for _ in range(9):
+            problem.step()
+        assert group.metrics()["installed"] >= 2
+        problem.step()  # donates the state into which the last one went
+        assert not any(x.is_deleted() for x in jax.tree.leaves(group._spectrum))
 
 
 def test_a_snapshot_survives_the_donation_of_the_parameters():

@@ -1,8 +1,8 @@
 """One proof of concept in several processes: joining, what is shared, and the end of one of them.
 
 Every process runs the same lines on the same data. Devices are those of all processes together, so parameters, state
-and batch are global arrays, and results are read from what every device holds. The first process alone writes and
-prints.
+and batch are global arrays, and results are read from what every device holds. The first process alone writes the
+report and prints; checkpoints are written by all together.
 """
 
 import contextlib
@@ -17,10 +17,12 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 __all__ = [
     "HEARTBEAT_SECONDS",
     "ProcessError",
+    "any_of",
     "check",
     "count",
     "devices",
@@ -36,6 +38,7 @@ __all__ = [
 HEARTBEAT_SECONDS = 20
 _LOST = "another process has ended or cannot be reached, so this one ends too: see what that one says"
 _abort_handler: Any = None  # kept: the system calls it
+_said = False  # that another process is lost
 
 
 class ProcessError(Exception):
@@ -154,9 +157,31 @@ def put(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(place, tree, shardings)
 
 
+def any_of(*flags: bool) -> tuple[bool, ...]:
+    """Whether any process says so, of each flag: the same answer in all, each of which must ask.
+
+    No process goes on before all have asked, so without flags it is a barrier.
+
+    Example:
+      >>> from dho2_optax.poc import processes
+      >>> processes.any_of(True, False)
+      (True, False)
+    """
+    if count() == 1:
+        return flags
+    try:
+        said = multihost_utils.process_allgather(np.array([True, *flags]))
+    except jax.errors.JaxRuntimeError as error:
+        check(error)
+        raise
+    return tuple(said.any(axis=0)[1:].tolist())
+
+
 def check(error: Exception) -> None:
     """End this process if an error of a run says that the processes are not together any more."""
+    global _said
     if isinstance(error, jax.errors.JaxRuntimeError) and count() > 1:
+        _said = True
         _complain(f"{_LOST} ({str(error).splitlines()[0][:200]})")
         end(1)
 
@@ -187,7 +212,8 @@ def _speak_when_aborted() -> None:
 
     def handler(number: int) -> None:
         del number
-        os.write(2, f"\ndho2-optax: error: {_LOST}\n".encode())
+        if not _said:
+            os.write(2, f"\ndho2-optax: error: {_LOST}\n".encode())
         os._exit(1)
 
     if sys.platform != "win32":

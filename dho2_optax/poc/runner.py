@@ -100,7 +100,8 @@ def run(
     """
     machine = _machine()
     if earlier is None:
-        shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+        if processes.is_first():  # the others look there when all have made a step together
+            shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
         results = Results(machine, dataclasses.asdict(settings), [_describe(task) for task in tasks])
     else:
         results = earlier
@@ -335,19 +336,16 @@ class _Session:
             else:
                 tuning = rows is self._results.tried
                 name = self._name(task, row, tuning=tuning)
-                folder = self._folder / _CHECKPOINTS / name
-                # Several processes do not go on from one: what each of them holds is a part.
-                checkpoints = Checkpoints(folder, self._checkpoint_every) if processes.count() == 1 else None
+                checkpoints = Checkpoints(self._folder / _CHECKPOINTS / name, self._checkpoint_every)
                 recorder = self._recorder
                 recording = recorder.of(row, name, tuning=tuning) if recorder else contextlib.nullcontext()
                 try:
                     with recording as record:
                         self._train_seed(task, program, row, seed, evaluate, checkpoints, record)
                 finally:
-                    if checkpoints is not None:
-                        checkpoints.close()
+                    checkpoints.close()
                 self._add(row, rows)
-                if checkpoints is not None and row.status != "failed":
+                if row.status != "failed":
                     checkpoints.discard()
             yield row
 
@@ -364,7 +362,7 @@ class _Session:
         row: Row,
         seed: int,
         evaluate: Evaluator,
-        checkpoints: Checkpoints | None,
+        checkpoints: Checkpoints,
         record: Record | None,
     ) -> None:
         """Train from one seed and fill in the row."""
@@ -439,8 +437,10 @@ def _missing(rows: list[Row], task: Task, spec: Spec, seeds: Sequence[int | None
 
 
 def _devices_left(wanted: int, batch_size: int) -> int:
-    """As many devices as are wanted, or, where there are fewer, as many as can share a batch."""
-    return next(n for n in range(min(wanted, jax.device_count()), 0, -1) if n == wanted or batch_size % n == 0)
+    """As many devices as are wanted or, where there are fewer, as can share a batch; as many of each process."""
+    each = processes.count()
+    counts = range(min(wanted, jax.device_count()) // each * each, 0, -each)
+    return next(n for n in counts if n == wanted or batch_size % n == 0)
 
 
 def _round(rate: float) -> float:

@@ -1,4 +1,7 @@
-"""Checkpoints of a run, by Orbax: written beside the training, read on the devices that are left."""
+"""Checkpoints of a run, by Orbax: written beside the training, read on the devices that are left.
+
+Of several processes each writes the part that it has, into a folder that all see, and each reads the whole.
+"""
 
 import contextlib
 import errno
@@ -14,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dho2_optax.poc import system
+from dho2_optax.poc import processes, system
 
 __all__ = ["Checkpoint", "CheckpointError", "Checkpoints"]
 
@@ -37,7 +40,7 @@ class Checkpoints:
     """The checkpoints of one run in a folder of their own, of which the newest is kept.
 
     Orbax writes them in the background, each under another name until it is complete. So a run that is killed, at
-    whatever moment, leaves the last one.
+    whatever moment, leaves the last one. Several processes call all methods together.
     """
 
     def __init__(self, folder: Path, every: float) -> None:
@@ -71,7 +74,7 @@ class Checkpoints:
         return Checkpoint(restored.arrays, restored.measured)
 
     def is_due(self) -> bool:
-        """Whether it is time for the next."""
+        """Whether it is time for the next, by the clock of this process."""
         return time.monotonic() - self._last >= self._every
 
     def save(self, step: int, arrays: Any, measured: dict[str, Any]) -> None:
@@ -109,7 +112,8 @@ class Checkpoints:
     def discard(self) -> None:
         """Delete all of them: the run is over."""
         self.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _open(self) -> Any:
         if self._manager is None:
@@ -129,6 +133,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            processes.check(error)
             text = str(error)
             reasons = (os.strerror(number) for number in _REASONS)
             why = next((reason for reason in reasons if reason in text), system.describe(error))

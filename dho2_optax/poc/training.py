@@ -246,7 +246,8 @@ def train(
       seed: for the parameters and the order of the samples.
       evaluate: measures the parameters at the end.
       on_step: called after every step with its number and loss.
-      checkpoints: where to go on, and to save. On SIGINT or SIGTERM the step that runs is ended and saved first.
+      checkpoints: where to go on, and to save. On SIGINT or SIGTERM the step that runs is ended and saved first, and
+        where one of several processes is told to stop, all do so after the same step.
       record: called after every step with its number, its loss and seconds, and, of a program that was compiled to be
         recorded, the optimizer's metrics.
 
@@ -273,6 +274,7 @@ def train(
     if group is not None:
         group.warm_up(state, params, first)
     batches = _batches(task, spec.batch_size, seed, mesh, skip=len(run.losses))
+    stopped = False
     seen = _metrics(state, group) if OPTIMIZERS[spec.optimizer].hybrid else None
     try:
         with system.postponed_signals() as interrupted:
@@ -300,15 +302,16 @@ def train(
                 if not math.isfinite(run.losses[-1]):
                     run.status = "diverged"
                     return run
-                if checkpoints is not None and (interrupted() or checkpoints.is_due()):
+                stopped, due = processes.any_of(interrupted(), checkpoints is not None and checkpoints.is_due())
+                if checkpoints is not None and (stopped or due):
                     checkpoints.save(step + 1, {"params": params, "state": state}, dataclasses.asdict(run))
-                if interrupted():
+                if stopped:
                     break
     finally:
         if group is not None:
             run.counters |= group.metrics()
             group.close()
-    if len(run.losses) < spec.num_steps:
+    if stopped:
         raise KeyboardInterrupt
     run.test_loss, run.test_accuracy, run.test_error, run.eval_seconds = evaluate(params)
     if not math.isfinite(run.test_loss):

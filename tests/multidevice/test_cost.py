@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
-from dho2_optax import programs
+from dho2_optax import packing, programs
 from tests.multidevice import problems, situations
 
 RANK = 8
@@ -29,18 +29,39 @@ def _loss_fn(params, batch):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def _alone(optimizer, num_inputs=SIZES[0], **options):
-    """A donated step on one device without a mesh, compiled; and its abstract state."""
-    tx = optimizer(optax.adam(1e-3), _loss_fn, **{"rank": RANK, **options})
-    params = _params(num_inputs)
+def _donated(tx, params, state, batch):
+    """The program of a step that donates parameters and state."""
 
     def step(params, state, batch):
         updates, state = tx.update(jax.grad(_loss_fn)(params, batch), state, params, batch=batch)
         return optax.apply_updates(params, updates), state
 
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile()
+
+
+def _alone(optimizer, num_inputs=SIZES[0], **options):
+    """A donated step on one device without a mesh, compiled; and its abstract state."""
+    loss_fn = None if "curvature" in options else _loss_fn
+    tx = optimizer(optax.adam(1e-3), loss_fn, **{"rank": RANK, **options})
+    params = _params(num_inputs)
     state = jax.eval_shape(tx.init, params)
-    batch = _batch(num_inputs=num_inputs)
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile(), state
+    return _donated(tx, params, state, _batch(num_inputs=num_inputs)), state
+
+
+def _in_microbatches(optimizer):
+    """The same, with products of 16 samples at a time."""
+    return _alone(optimizer, curvature=dho2.hessian(_loss_fn, microbatch_size=16))
+
+
+def _sharded_by_user(optimizer):
+    """The same, with the parameters split over eight devices by the user, and no `split=`."""
+    mesh, num_inputs = situations.data_mesh(8), SIZES[0] + 4  # which eight devices divide
+    specs = {"w1": P("data"), "b1": P(), "w2": P(), "b2": P()}
+    params = jax.device_put(_params(num_inputs), {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
+    batch = jax.device_put(_batch(num_inputs=num_inputs), NamedSharding(mesh, P("data")))
+    tx = optimizer(optax.adam(1e-3), _loss_fn, rank=RANK)
+    state = tx.init(params)
+    return _donated(tx, params, state, batch), state
 
 
 def _params(num_inputs=SIZES[0]):
@@ -221,14 +242,19 @@ _ALIAS = re.compile(r"\{(\d+)\}: \((\d+), \{\}, (?:may|must)-alias\)")
         "dho2, mesh": lambda: _on_mesh(8),
         "mr_dho2": lambda: _alone(dho2.mr_dho2),
         "mr_dho2, mesh": lambda: _streaming("mesh"),
+        "dho2, microbatches": lambda: _in_microbatches(dho2.dho2),
+        "mr_dho2, microbatches": lambda: _in_microbatches(dho2.mr_dho2),
+        "dho2, mesh, sharded by the user": lambda: _sharded_by_user(dho2.dho2),
+        "mr_dho2, mesh, sharded by the user": lambda: _sharded_by_user(dho2.mr_dho2),
     }.items(),
     ids=lambda item: item[0],
 )
-def test_every_leaf_of_a_donated_state_is_written_over(program):
+def test_every_leaf_of_a_donated_state_is_written_over(program, monkeypatch):
     """Each array takes the place of an argument of its own, and no eigenvectors or basis are copied on the way.
 
     Of single numbers an argument may be missing: one that nothing reads is none of the program's.
     """
+    monkeypatch.setattr(packing, "_SMALL", SMALL)  # a matrix is a large leaf, with a stack of its own
     compiled, state = program[1]()
     text = compiled.as_text()
     aliases = [tuple(map(int, pair)) for pair in _ALIAS.findall(text[: text.index("\n")])]

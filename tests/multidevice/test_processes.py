@@ -1,4 +1,4 @@
-"""The example for several processes: as many devices in one process and in two give the same parameters."""
+"""As many devices in one process and in several give the same parameters: the example, and what the user shards."""
 
 import jax
 import numpy as np
@@ -53,3 +53,24 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(tmp_path):
     one, moved = tmp_path / "one", tmp_path / "moved"
     alone = _run(1, one, "dho2")
     assert _run(2, moved, "dho2", "--steps", "20") + _run(1, moved, "dho2") == alone
+
+
+@pytest.mark.slow
+def test_parameters_sharded_by_the_user_over_two_processes_end_as_in_one(tmp_path):
+    found = []
+    for num_processes in (1, 2):
+        out = tmp_path / f"{num_processes}.npz"
+        program = ("-W", "error", "-m", "tests.multidevice.sharded", "--out", str(out))
+        ends = finish(start(num_processes, 4 // num_processes, *program))
+        assert [code for code, _, _ in ends] == [0] * num_processes, ends
+        found.append(dict(np.load(out)))
+    one, two = found
+    assert one.keys() == two.keys()
+    assert sum(key.endswith("parts") for key in one) == 3
+    for key, want in one.items():
+        if key.endswith("parts"):
+            assert want == two[key] == 4
+        elif key.endswith("refreshes"):
+            assert want == two[key] >= 3
+        else:
+            np.testing.assert_allclose(two[key], want, rtol=1e-5, atol=1e-5, err_msg=key)

@@ -18,47 +18,10 @@ from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
 from dho2_optax import packing, programs
+from tests.multidevice import sharded
+from tests.multidevice.sharded import BATCH, HIDDEN, RANK, SPECS, WIDTH
 from tests.multidevice.situations import train
 from tests.multidevice.test_equivalence import assert_same_params
-
-_WIDTH, _HIDDEN, _BATCH, _RANK = 48, 96, 200, 3
-_SPECS = {
-    "fsdp": {"up": P("data", None), "down": P("data", None), "out": P("data", None), "bias": P()},
-    "tensor parallel": {"up": P(None, "model"), "down": P("model", None), "out": P(), "bias": P("model")},
-    "both": {"up": P("data", "model"), "down": P("model", "data"), "out": P("data", None), "bias": P("model")},
-}
-
-
-def _params():
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: np.float32(rng.normal(size=shape) / np.sqrt(shape[0]))  # noqa: E731
-    shapes = {"up": (_WIDTH, _HIDDEN), "down": (_HIDDEN, _WIDTH)}
-    first, second = ({name: normal(*shape) for name, shape in shapes.items()} for _ in range(2))
-    bias = np.zeros(_HIDDEN, np.float32)
-    return {"first": {**first, "bias": bias}, "second": {**second, "bias": bias}, "out": normal(_WIDTH, 10)}
-
-
-def _batch():
-    rng = np.random.default_rng(1)
-    return np.float32(rng.normal(size=(_BATCH, _WIDTH))), np.float32(rng.normal(size=(_BATCH, 10)))
-
-
-def _loss_fn(params, batch):
-    x, y = batch
-    for block in (params["first"], params["second"]):
-        x = x + jnp.tanh(x @ block["up"] + block["bias"]) @ block["down"]
-    return jnp.mean((x @ params["out"] - y) ** 2)
-
-
-def _gathering_loss_fn(params, batch):
-    """Under Explicit axes the model says where it gathers its weights."""
-    return _loss_fn(jax.tree.map(lambda x: jax.sharding.reshard(x, P()), params), batch)
-
-
-def _shardings(mesh, kind):
-    specs, shared = _SPECS[kind], {"first", "second"}
-    block = {name: NamedSharding(mesh, specs[name]) for name in ("up", "bias", "down")}
-    return {**dict.fromkeys(shared, block), "out": NamedSharding(mesh, specs["out"])}
 
 
 def _mesh(explicit):
@@ -67,35 +30,12 @@ def _mesh(explicit):
     return Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
 
 
-def _optimizer(name, loss_fn):
-    base = optax.sgd(0.02, momentum=0.9)
-    if name == "base":
-        return optax.with_extra_args_support(base)
-    solver = dho2.Eigensolver(order=6)
-    if name == "dho2":
-        return dho2.dho2(base, loss_fn, rank=_RANK, refresh_interval=4, eigensolver=solver, batch_size=None)
-    return dho2.mr_dho2(base, rank=_RANK, probe_interval=1, eigensolver=solver)
-
-
-def _step(name, tx, loss_fn):
-    @jax.jit
-    def step(params, state, batch):
-        extra = {}
-        if name == "mr_dho2":
-            _, grads, extra["hvp"] = dho2.value_grad_and_hvp(loss_fn, batch_size=None)(params, state, batch)
-        else:
-            grads, extra["batch"] = jax.grad(loss_fn)(params, batch), batch
-        updates, state = tx.update(grads, state, params, **extra)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
 @functools.cache
 def _one_device(name, num_steps):
-    tx = _optimizer(name, _loss_fn)
-    params = jax.tree.map(jnp.asarray, _params())
-    return train(_step(name, tx, _loss_fn), params, tx.init(params), _batch(), num_steps)
+    tx = sharded.make(name, sharded.mean_square)
+    params = jax.tree.map(jnp.asarray, sharded.initial_params())
+    step = sharded.step_of(name, tx, sharded.mean_square)
+    return train(step, params, tx.init(params), sharded.whole_batch(), num_steps)
 
 
 def _weights_gathered(compiled, where):
@@ -106,9 +46,9 @@ def _weights_gathered(compiled, where):
         for array in found.arrays
         if found.op == "all-gather"
         and where(found)
-        and np.prod(array.shape) >= _WIDTH * _HIDDEN // 4  # beyond what shares a flat buffer
+        and np.prod(array.shape) >= WIDTH * HIDDEN // 4  # beyond what shares a flat buffer
         # Of the batch, or of a device's share of it.
-        if not {_BATCH, _BATCH // 4, _BATCH // 2, _BATCH // 8} & set(array.shape)
+        if not {BATCH, BATCH // 4, BATCH // 2, BATCH // 8} & set(array.shape)
     )
 
 
@@ -121,10 +61,10 @@ def _matching(rows, spec):
 def _check_placed(stacks, kind):
     """The kernels of both blocks lie in one stack each, as the kernels do themselves."""
     for rows in stacks:
-        for name, shape in (("up", (_WIDTH, _HIDDEN)), ("down", (_HIDDEN, _WIDTH))):
+        for name, shape in (("up", (WIDTH, HIDDEN)), ("down", (HIDDEN, WIDTH))):
             if rows.shape[-2:] == shape:
-                assert _matching(rows, _SPECS[kind][name]), (name, rows.sharding)
-    assert sum(rows.shape[-2:] in ((_WIDTH, _HIDDEN), (_HIDDEN, _WIDTH)) for rows in stacks) == 2
+                assert _matching(rows, SPECS[kind][name]), (name, rows.sharding)
+    assert sum(rows.shape[-2:] in ((WIDTH, HIDDEN), (HIDDEN, WIDTH)) for rows in stacks) == 2
 
 
 @pytest.fixture(autouse=True)
@@ -133,21 +73,21 @@ def _kernels_are_large(monkeypatch):
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["Auto", "Explicit"])
-@pytest.mark.parametrize("kind", _SPECS)
+@pytest.mark.parametrize("kind", SPECS)
 @pytest.mark.parametrize("name", ["dho2", "mr_dho2"])
 @pytest.mark.slow
 def test_vectors_follow_the_parameters_and_nothing_else_is_gathered(name, kind, explicit):
     mesh = _mesh(explicit)
-    loss_fn = _gathering_loss_fn if explicit else _loss_fn
-    params = jax.device_put(_params(), _shardings(mesh, kind))
-    batch = jax.device_put(_batch(), NamedSharding(mesh, P("data")))
+    loss_fn = sharded.gathering_mean_square if explicit else sharded.mean_square
+    params = jax.device_put(sharded.initial_params(), sharded.shardings_of(mesh, kind))
+    batch = jax.device_put(sharded.whole_batch(), NamedSharding(mesh, P("data")))
     num_steps = 12
     with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
-        tx, base = _optimizer(name, loss_fn), _optimizer("base", loss_fn)
+        tx, base = sharded.make(name, loss_fn), sharded.make("base", loss_fn)
         state = tx.init(params)
-        step = _step(name, tx, loss_fn)
+        step = sharded.step_of(name, tx, loss_fn)
         compiled = step.lower(params, state, batch).compile()
-        alone = _step("base", base, loss_fn).lower(params, base.init(params), batch).compile()
+        alone = sharded.step_of("base", base, loss_fn).lower(params, base.init(params), batch).compile()
         product = jax.jit(lambda p, v, b: jax.jvp(lambda p: jax.grad(loss_fn)(p, b), (p,), (v,))[1])
         product = product.lower(params, params, batch).compile()
         stacks = [state.spectrum.eigenvectors]
@@ -178,7 +118,7 @@ def test_leaves_of_one_shape_may_be_sharded_differently(factory):
     mesh, square = _mesh(explicit=False), np.ones((64, 64), np.float32)
     specs = {"query": P("data", "model"), "value": P("data", "model"), "out": P("model", "data")}
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-    state = factory(optax.sgd(0.1), rank=_RANK).init(jax.device_put(dict.fromkeys(specs, square), shardings))
+    state = factory(optax.sgd(0.1), rank=RANK).init(jax.device_put(dict.fromkeys(specs, square), shardings))
     large = [x for x in jax.tree.leaves(state) if x.size >= 3 * square.size]
     assert len(large) == (2 if factory is dho2.mr_dho2 else 1)
     for x in large:
