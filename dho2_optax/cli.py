@@ -127,9 +127,12 @@ def _complain(message: str) -> None:
 
 
 def _drop_output() -> bool:
-    """If standard output cannot be written, drop what it holds: Python would try again at its exit."""
+    """If standard output cannot be written, drop what it holds: Python would try again at its exit.
+
+    It is tried with a line of its own: of a long text that was refused nothing may be held any more.
+    """
     try:
-        sys.stdout.flush()
+        print(flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
