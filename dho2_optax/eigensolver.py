@@ -203,21 +203,17 @@ def unwritten(process: LanczosState, found: Wanted, mask: jax.Array) -> Spectrum
     return Spectrum(found.values, process.basis, found.residuals, mask, rotation)
 
 
-def written_over(old: Spectrum, new: Spectrum, accept: jax.Array, layout: Layout) -> Spectrum:
+def written_over(old: Spectrum, new: Spectrum, accept: jax.Array, axis_name: str | None) -> Spectrum:
     """A spectrum that is :func:`unwritten`, in the place of an old one; where not to `accept`, the old one.
 
     The compiler writes over the old eigenvectors where nothing else reads them after `accept` is known, so that there
     is no second copy of them: see :func:`dho2_optax.vectors.overwrite`.
     """
-    cut = layout.num_rows is not None
-
-    def overwrite(x: jax.Array, y: jax.Array) -> jax.Array:
-        return vectors.overwrite(x, y, new.orthonormalizer, accept, cut=cut)
-
+    overwrite = lambda x, y: vectors.overwrite(x, y, new.orthonormalizer, accept)  # noqa: E731
     rows = jax.tree.map(overwrite, old.eigenvectors, new.eigenvectors)
     lower = old.orthonormalizer
     if lower is not None:
-        lower = jnp.where(accept, orthonormalizer(vectors.gram(rows, rows, layout.axis_name)), lower)
+        lower = jnp.where(accept, orthonormalizer(vectors.gram(rows, rows, axis_name)), lower)
     return Spectrum(
         eigenvalues=jnp.where(accept, new.eigenvalues, old.eigenvalues),
         eigenvectors=rows,

@@ -179,7 +179,7 @@ def install(
     )
 
 
-def keep_if(sound: jax.Array, new: DHO2State, old: DHO2State, layout: Layout) -> DHO2State:
+def keep_if(sound: jax.Array, new: DHO2State, old: DHO2State, axis_name: str | None) -> DHO2State:
     """`new`, whose spectrum is not written yet, or `old` with one more rejected refresh.
 
     Selected element by element, once everything that reads the old eigenvectors is done: then the compiler writes over
@@ -197,7 +197,7 @@ def keep_if(sound: jax.Array, new: DHO2State, old: DHO2State, layout: Layout) ->
     )
     kept = sound.astype(jnp.int32)
     return new._replace(
-        spectrum=eigensolver.written_over(old.spectrum, new.spectrum, sound, layout),
+        spectrum=eigensolver.written_over(old.spectrum, new.spectrum, sound, axis_name),
         factors=factors,
         subspace_state=subspace_state,
         missed=missed,
@@ -237,7 +237,7 @@ def synchronous(solver: Solver, refresh_interval: ArrayLike, warmup_steps: Array
             damping=solver.damping,
             axis_name=solver.axis_name,
         )
-        state = keep_if(is_sound(process, spectrum), installed, state, source.layout)
+        state = keep_if(is_sound(process, spectrum), installed, state, solver.axis_name)
         return state._replace(matvecs=counters.add(state.matvecs, process.count))
 
     def attempt(state: DHO2State, source: Source) -> DHO2State:

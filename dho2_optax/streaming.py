@@ -177,7 +177,7 @@ class _Streaming:
             damping=self.solver.damping,
             axis_name=self.solver.axis_name,
         )
-        state = keep_if(is_sound(process, spectrum), installed, state, source.layout)
+        state = keep_if(is_sound(process, spectrum), installed, state, self.solver.axis_name)
         found = jnp.where(state.spectrum.mask, state.spectrum.eigenvalues, 0)
         return state._replace(
             probing=probing._replace(

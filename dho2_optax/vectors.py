@@ -181,35 +181,23 @@ def combine(coefficients: jax.Array, stack: Stack) -> Vector:
     return jax.tree.map(leaf, stack)
 
 
-_BLOCKS = 64  # that `overwrite` cuts a large vector into
-_BLOCK = 2**12  # numbers that a block has at least
 _ROW = 2**16  # numbers of a vector from which on `overwrite` goes row by row
-_LANES = 128  # columns of a tile on TPU
 
 
-def overwrite(old: jax.Array, stack: jax.Array, matrix: jax.Array, accept: jax.Array, *, cut: bool) -> jax.Array:
-    r"""One leaf of a stack, :math:`M S` in the place of another where `accept`, without a second copy if it is large.
+def overwrite(old: jax.Array, stack: jax.Array, matrix: jax.Array, accept: jax.Array) -> jax.Array:
+    r"""One leaf of a stack, :math:`M S` in the place of another where `accept`; large ones without a second copy.
 
-    With `cut` block by block of the last axis, in one pass over `stack`. Else the user may have sharded it: then row by
-    row, in as many passes.
+    Those row by row, in a pass over `stack` for each. No other axis is cut, since the user may have sharded it.
     """
-    last, size = old.ndim - 1, old.size // len(old)
-    axis, length, width = 0, len(old), 1 if size >= _ROW else len(old)
-    if cut and size:
-        axis, length = last, old.shape[last]
-        width = length // max(1, min(_BLOCKS, size // _BLOCK))
-        width = min(length, max(_LANES, width // _LANES * _LANES))
-
-    def put(block: jax.typing.ArrayLike, into: jax.Array) -> jax.Array:
-        # Slices do not go beyond the end: the last block may share numbers with the one before.
-        part = lambda x, along: lax.dynamic_slice_in_dim(x, block * width, width, along)  # noqa: E731
-        new = combine(matrix, part(stack, last)) if axis else combine(part(matrix, 0), stack)
-        chosen = jnp.where(accept, new.astype(old.dtype), part(into, axis))
-        return lax.dynamic_update_slice_in_dim(into, chosen, block * width, axis)
-
-    if width == length:
+    if old.size < _ROW * len(old):
         return jnp.where(accept, combine(matrix, stack).astype(old.dtype), old)
-    return lax.fori_loop(0, -(-length // width), put, old)
+
+    def put(i: jax.Array, into: jax.Array) -> jax.Array:
+        new = combine(lax.dynamic_index_in_dim(matrix, i, keepdims=False), stack).astype(old.dtype)
+        before = lax.dynamic_index_in_dim(into, i, keepdims=False)
+        return lax.dynamic_update_index_in_dim(into, jnp.where(accept, new, before), i, 0)
+
+    return lax.fori_loop(0, len(old), put, old)
 
 
 def once(known: jax.Array, tree: Any) -> Any:

@@ -395,7 +395,7 @@ def test_pairs_written_over_old_ones_are_those_published(dtype):
         state = krylov.start(layout.random(jnp.uint32(0)), 9, seed=jnp.uint32(0), dtype=dtype)
         state, found = krylov.run(matrix_operator(matrix, like), state, layout, look=_look(4), min_matvecs=0)
         new = eigensolver.unwritten(state, found, exists)
-        return eigensolver.written_over(old, new, accept, layout), eigensolver.publish(state, found, exists)
+        return eigensolver.written_over(old, new, accept, None), eigensolver.publish(state, found, exists)
 
     old = eigensolver.zero_spectrum(4, layout.random(jnp.uint32(0)), dtype)
     written, published = write(matrix, old, True)
