@@ -425,7 +425,7 @@ def _cells(rows: Sequence[dict[str, Any]], case: Case, num_params: int) -> list[
         total = found.get(hybrid)
         share, one = (curvature_share(rows, x) for x in (hybrid, hybrid._replace(devices=1)))
         cells += [_mib(total), _mib(total - adam if total and adam else None), _mib(share)]
-        cells.append(f"1/{one / share:.1f}" if share and one else "-")
+        cells.append(f"1/{one / share:.1f}" if share and share > 0 and one else "-")
         cells.append(_mib(vectors_held(method, case.rank) * 4 * num_params / case.devices))
     return [*cells, _mib(case.rank * 4 * num_params)]
 
@@ -490,7 +490,7 @@ def _panel(axes: Any, rows: Sequence[dict[str, Any]], model: str, platform: str)
     for method, colour in (("dho2", "C0"), ("mr_dho2", "C1")):
         sizes[f"update with {method}"] = {r["devices"]: r["memory"]["total"] for r in chosen if r["method"] == method}
         shares = {n: curvature_share(rows, Case(model, platform, n, method, 8)) for n in devices}
-        sizes[f"curvature in {method}"] = {n: share for n, share in shares.items() if share}
+        sizes[f"curvature in {method}"] = {n: share for n, share in shares.items() if share and share > 0}
         looks[f"update with {method}"] = {"marker": "s", "linestyle": "--", "color": colour, "markersize": 4}
         looks[f"curvature in {method}"] = {"color": colour}
     held = vectors_held("dho2", 8)
