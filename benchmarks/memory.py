@@ -141,20 +141,21 @@ def _made_base(products: int) -> Callable[[Problem, Mesh, int], Made]:
     return make
 
 
-def _made_dho2(basis_dtype: Any = None) -> Callable[[Problem, Mesh, int], Made]:
+def _dho2(problem: Problem) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    return functools.partial(dho2.dho2, optax.adam(1e-3), problem.loss_fn, batch_size=None)
+
+
+def _mr_dho2(problem: Problem) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    return functools.partial(dho2.mr_dho2, optax.adam(1e-3), curvature=dho2.hessian(problem.loss_fn))
+
+
+def _made_hybrid(
+    constructor: Callable[[Problem], Callable[..., optax.GradientTransformationExtraArgs]], basis_dtype: Any = None
+) -> Callable[[Problem, Mesh, int], Made]:
     def make(problem: Problem, mesh: Mesh, rank: int) -> Made:
-        options: Any = {"rank": rank, "batch_size": None, "eigensolver": dho2.Eigensolver(basis_dtype=basis_dtype)}
-        make = functools.partial(dho2.dho2, optax.adam(1e-3), problem.loss_fn, **options)
-        return make(split=dho2.Split(AXIS)), make(split=dho2.Split(AXIS, mesh=mesh))
-
-    return make
-
-
-def _made_mr_dho2(basis_dtype: Any = None) -> Callable[[Problem, Mesh, int], Made]:
-    def make(problem: Problem, mesh: Mesh, rank: int) -> Made:
-        options: Any = {"rank": rank, "eigensolver": dho2.Eigensolver(basis_dtype=basis_dtype)}
-        make = functools.partial(dho2.mr_dho2, optax.adam(1e-3), curvature=dho2.hessian(problem.loss_fn), **options)
-        return make(split=dho2.Split(AXIS)), make(split=dho2.Split(AXIS, mesh=mesh))
+        solver = dho2.Eigensolver(basis_dtype=basis_dtype)
+        with_split = functools.partial(constructor(problem), rank=rank, eigensolver=solver)
+        return with_split(split=dho2.Split(AXIS)), with_split(split=dho2.Split(AXIS, mesh=mesh))
 
     return make
 
@@ -163,10 +164,10 @@ METHODS: dict[str, Callable[[Problem, Mesh, int], Made]] = {
     "adam": _made_base(0),
     "product": _made_base(PRODUCTS),
     "probe": _made_base(1),
-    "dho2": _made_dho2(),
-    "mr_dho2": _made_mr_dho2(),
-    "dho2_bf16": _made_dho2(jnp.bfloat16),
-    "mr_dho2_bf16": _made_mr_dho2(jnp.bfloat16),
+    "dho2": _made_hybrid(_dho2),
+    "mr_dho2": _made_hybrid(_mr_dho2),
+    "dho2_bf16": _made_hybrid(_dho2, jnp.bfloat16),
+    "mr_dho2_bf16": _made_hybrid(_mr_dho2, jnp.bfloat16),
 }
 """For one device of the axis, which says how the state is sharded, and on global arrays, which is compiled."""
 

@@ -34,7 +34,8 @@ _MOST_DEVICES = 1024
 
 # Passes over memory, in vectors of which a device has its part. An update reads every eigenvector four times; a product
 # of a Lanczos process reads the whole basis twice; a publication reads every old eigenvector for every vector of the
-# basis, and the basis three times. The other numbers are fitted to what `benchmarks.plan` compares.
+# basis, and the basis three times, though what writes a large leaf reads it once for each pair. The other numbers were
+# fitted to measurements.
 _UPDATE_VECTORS = 28.0
 _UPDATE_READS = 4.0
 _PRODUCT_VECTORS = 32.0
