@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 # Runs ahead of the CPU backend deadlock multi-device programs unless the pool is larger than the device count.
@@ -18,9 +19,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # These two make a step compile in a fifth of the time (7.6 to 1.5 s where it was measured), and change nothing but how
-# fast it runs. `.ci/run` runs some tests without them. Newer releases of jaxlib have no such flag, and stop at it.
+# fast it runs. `.ci/run` runs some tests without them. Newer releases of jaxlib have no such flag, and stop at it; so
+# does the compiler for TPU, which reads the same variable.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-if version("jaxlib").startswith("0.10."):
+if version("jaxlib").startswith("0.10.") and find_spec("libtpu") is None:
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import jax
