@@ -1,7 +1,9 @@
 """A proof of concept that goes on: what is not measured again, fewer devices, and checkpoints that do not fit."""
 
+import asyncio
 import dataclasses
 import errno
+import gc
 import os
 import shutil
 
@@ -80,6 +82,24 @@ def trained(monkeypatch):
 
 def _saved(folder):
     return sorted((folder / "poc-checkpoints").glob("*/*"))
+
+
+def test_of_writes_that_fail_beside_the_one_that_is_raised_nothing_is_said(capfd, caplog):
+    saving._orbax()
+
+    async def fail():
+        raise ValueError("File too large")
+
+    async def leave_two():
+        tasks = [asyncio.ensure_future(fail()) for _ in range(2)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        del tasks
+        gc.collect()
+
+    asyncio.run(leave_two())
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_has_ended_is_not_run_again_and_what_was_cut_off_goes_on(tmp_path, trained):

@@ -144,7 +144,8 @@ def _orbax() -> Any:
     """Orbax, imported where it is needed. What is said of a failure besides, its exceptions say."""
     import orbax.checkpoint
 
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):  # asyncio tells of writes that fail beside the one whose exception is raised
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if not isinstance(sys.unraisablehook, _WithoutOrphans):
         sys.unraisablehook = _WithoutOrphans(sys.unraisablehook)
     return orbax.checkpoint
