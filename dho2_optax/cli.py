@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         "poc",
         help="train real models with every optimizer and say where a hybrid wins",
         description="Train models with first-order optimizers and hybrids on them, and report updates, seconds, "
-        "memory and communication, with a verdict for each model. The defaults take about two minutes on two cores.",
+        "memory and communication, with a verdict for each model. The defaults take some minutes on two cores.",
         epilog=_EXIT_CODES,
         allow_abbrev=False,
     )
