@@ -91,13 +91,10 @@ def test_of_writes_that_fail_beside_the_one_that_is_raised_nothing_is_said(capfd
         raise ValueError("File too large")
 
     async def leave_two():
-        tasks = [asyncio.ensure_future(fail()) for _ in range(2)]
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        del tasks
-        gc.collect()
+        await asyncio.wait([asyncio.ensure_future(fail()) for _ in range(2)])  # asks for no result
 
     asyncio.run(leave_two())
+    gc.collect()
     assert not caplog.records
     assert capfd.readouterr() == ("", "")
 
