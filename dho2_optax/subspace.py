@@ -212,8 +212,8 @@ class Bounds(NamedTuple):
         updates for every factor of e. A length that is zero or not finite is no length.
 
         The brake is the usual length over the peak: gradients turn around as they grow, so the last one alone may be
-        short. While an outlier is remembered, it is the length before the last over the last: a base that finds its way
-        back, by gradients that grow shorter, is not to be slowed down.
+        short. While an outlier is remembered there is none: the update is the base's, which finds its way back as fast
+        as it would by itself.
         """
         length = length.astype(self.usual.dtype)
         known = (length > 0) & jnp.isfinite(length)
@@ -224,9 +224,8 @@ class Bounds(NamedTuple):
         last = jnp.nan_to_num(length, nan=largest, posinf=largest)
         peak = jnp.maximum(jnp.where(jnp.isnan(length), 0, last), BETA * self.peak)
         new = self._replace(usual=jnp.where(known, moved, self.usual), last=last, peak=peak)
-        short, long = jnp.where(new.trust(), new.usual, self.last), jnp.where(new.trust(), peak, last)
-        brake = jnp.where(long > short, jnp.maximum(short / jnp.where(long > 0, long, 1), 1 / _OUTLIER), 1)
-        return new._replace(brake=brake)
+        long = new.trust() & (peak > new.usual)
+        return new._replace(brake=jnp.where(long, new.usual / jnp.where(long, peak, 1), 1))
 
     def is_usual(self) -> jax.Array:
         """Whether the last gradient was of the usual length, whatever those before it were."""

@@ -426,13 +426,13 @@ def test_the_brake_is_by_how_much_gradients_are_longer_than_usual():
         np.testing.assert_allclose(bounds.brake, min(1, usual / peak), rtol=1e-5)
 
 
-def test_after_an_outlier_the_brake_is_by_how_much_gradients_grow():
-    """A base that finds its way back, while gradients are still far longer than they were, is not braked."""
+def test_after_an_outlier_the_base_is_not_braked():
+    """It finds its way back as it would by itself: with the brake it learnt less from the rare samples that lead it."""
     bounds = _bounds()
-    for length, brake in ((1e9, 0.25), (1e4, 1), (9e3, 1), (1.8e4, 0.5), (np.inf, 0.25), (np.nan, 1), (1.0, 1)):
+    for length in (1e9, 1e4, 9e3, 1.8e4, np.inf, np.nan, 1.0):
         bounds = bounds.after(jnp.float32(length))
         assert not bounds.trust()
-        np.testing.assert_allclose(bounds.brake, brake, rtol=1e-5)
+        assert bounds.brake == 1
     assert _bounds(usual=0, last=0).after(jnp.float32(jnp.nan)).brake == 1
     assert _bounds(usual=0, last=0).after(jnp.float32(3)).brake == 1
 
