@@ -19,8 +19,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # These make a step compile in a sixth of the time (7.6 to 1.5 s where it was measured, 1.3 with the last of them), and
-# change nothing but how fast it runs, and how numbers are rounded. `.ci/run` runs some tests without them. Newer releases
-# of jaxlib have no such flags, and stop at them; so does the compiler for TPU, which reads the same variable.
+# change nothing but how fast it runs and how numbers are rounded. `.ci/run` runs some tests without them. Newer
+# releases of jaxlib have no such flags, and stop at them; so does the compiler for TPU, which reads the same variable.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if version("jaxlib").startswith("0.10.") and find_spec("libtpu") is None:
     flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"

@@ -330,7 +330,8 @@ most {WORST:g} times, and an end of at most {END:g} times, that of the base alon
 
 Where a batch throws the base itself away, its own figures differ by orders of magnitude from seed to seed. So cells
 that are beyond half of a goal with one seed are measured again with {SEEDS}, base and hybrid, and are the medians of
-those: {sum(cell["seeds"] > 1 for cell in cells)} cells. A base that is lost (infinite) counts as no worse and no better.
+those: {sum(cell["seeds"] > 1 for cell in cells)} cells. A base that is lost (infinite) counts as no worse and no
+better.
 
 {HEAD}
 """

@@ -1,5 +1,8 @@
 """No batch does more harm to a hybrid than to its base alone: small parts of the grid of `benchmarks.hostile`."""
 
+import itertools
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +53,16 @@ def test_hostile_batches_harm_a_hybrid_no_more_than_its_base(base, hybrid):
     for case, theirs, found in zip(_CASES, alone, ours, strict=True):
         cell = hostile.compare(theirs[None], found[None])
         assert not hostile.is_beyond(cell), (case, cell)
+
+
+def test_every_cell_of_the_committed_table_is_there_and_within_the_goals():
+    rows = json.loads(hostile.RESULTS.read_text())["rows"]
+    wanted = itertools.product(hostile.PROBLEMS, hostile.BASES, hostile.HYBRIDS)
+    assert [(row["problem"], row["base"], row["hybrid"]) for row in rows] == list(wanted)
+    names = [f"{kind}, {time}" for kind in hostile.KINDS for time in hostile.TIMES]
+    assert all(list(row["cells"]) == names for row in rows)
+    assert not [name for row in rows for name, cell in row["cells"].items() if hostile.is_beyond(cell)]
+    assert f"\n0 of {len(rows) * len(names)} cells are beyond them." in hostile.PAGE.read_text()
 
 
 def test_adam_stays_finite_where_a_gradient_overflows_and_so_does_the_hybrid():

@@ -33,6 +33,34 @@ def test_functions_are_short():
     assert long == set()
 
 
+def _imports(module: str) -> set[str]:
+    """Which of our modules a module imports."""
+    package = Path(dho2.__file__).parent
+    found = set()
+    for path in (package / module).glob("*.py") if (package / module).is_dir() else [package / f"{module}.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "dho2_optax":
+                found |= {name.name for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dho2_optax."):
+                found.add(node.module.split(".")[1])
+    ours = {path.stem for path in package.glob("[a-z]*")}
+    return (found & ours) - {module}
+
+
+def test_modules_import_what_the_architecture_says():
+    page = (Path(__file__).parent.parent / "ARCHITECTURE.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\|([^|]*)\|$", page, flags=re.MULTILINE))
+    assert rows.keys() >= {path.stem for path in Path(dho2.__file__).parent.glob("[a-z]*.py")}
+    above: list[str] = []
+    for module, said in rows.items():
+        named, imports = set(re.findall(r"`(\w+)`", said)), _imports(module)
+        assert named <= imports <= set(above), module
+        if "and below" in said:
+            named |= set(above[: max(map(above.index, named))])
+        assert imports <= named or "the public interface" in said, (module, imports - named)
+        above.append(module)
+
+
 def test_public_constructors_have_few_arguments():
     states = {"DHO2State", "Density", "Spectrum"}  # made by us
     for name in set(dho2.__all__) - states - {"__version__"}:
