@@ -93,6 +93,24 @@ def test_an_optimizer_of_nnx_trains_by_products(jit):
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(spectrum, is_leaf=lambda x: hasattr(x, "get_value")))
 
 
+def test_a_model_with_its_optimizer_trains_as_the_optimizer_does():
+    """What `nnx.Optimizer` was before it took the model at every update; Flax keeps it for older programs."""
+    loss = lambda model: jnp.mean(model(_INPUTS) ** 2)  # noqa: E731
+    kept = []
+    for together in (False, True):
+        model, _ = _setup()
+        kind = nnx.ModelAndOptimizer if together else nnx.Optimizer
+        optimizer = kind(model, dho2.dho2(optax.adam(0.01), rank=2, refresh_interval=1), wrt=nnx.Param)
+        graphdef, _ = nnx.split(model, nnx.Param)
+        value_fn = lambda params, graphdef=graphdef: loss(nnx.merge(graphdef, params, copy=True))  # noqa: E731
+        for _ in range(2):
+            gradient = nnx.grad(loss)(model)
+            optimizer.update(*(() if together else (model,)), gradient, value_fn=value_fn)
+        assert dho2.metrics(optimizer.opt_state)["refreshes"] > 0
+        kept.append(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    jax.tree.map(np.testing.assert_array_equal, *kept)
+
+
 def test_in_a_chain_and_under_a_mask():
     model, loss_fn = _setup()
     mask = lambda params: jax.tree.map(lambda x: x.ndim == 2, params)  # noqa: E731
