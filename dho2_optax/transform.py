@@ -406,7 +406,7 @@ def _interval(probe_interval: Interval) -> tuple[ArrayLike, ArrayLike | None]:
         raise ValueError(f"`probe_interval` must be a number or a pair (shortest, longest), got {probe_interval!r}.")
     for number in probe_interval:
         arguments.check_numbers("positive", whole=True, probe_interval=number)
-    shortest, longest = map(arguments.known, probe_interval)
+    shortest, longest = (arguments.known(arguments.on_host(number)) for number in probe_interval)
     if shortest is not None and longest is not None and longest < shortest:
         raise ValueError(f"`probe_interval` must be a pair (shortest, longest), got {probe_interval!r}.")
     return probe_interval[0], probe_interval[1]
