@@ -189,11 +189,20 @@ def _train(task_module, *arguments):
         (["--out", "\ud800"], r"--out \ud800 cannot be written: "),
         (["--out", "/dev/null"], "--out /dev/null cannot be written: File exists"),
         (["--out", "/dev/null/x"], "--out /dev/null/x cannot be written: Not a directory"),
+        (["--metrics", "x" * 10_000], "x cannot be written: File name too long"),
+        (["--metrics", "\0"], r"--metrics \x00 cannot be written: "),
+        (["--metrics", "\ud800"], r"--metrics \ud800 cannot be written: "),
+        (["--metrics", "/dev/null/x"], "--metrics /dev/null/x cannot be written: File exists"),
+        (["--tensorboard", "x" * 10_000], "x cannot be written: File name too long"),
+        (["--tensorboard", "\0"], r"--tensorboard \x00 cannot be written: "),
+        (["--tensorboard", "\ud800"], r"--tensorboard \ud800 cannot be written: "),
+        (["--tensorboard", "/dev/null/x"], "--tensorboard /dev/null/x cannot be written: Not a directory"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--step", "3"], "unrecognized arguments"),
     ],
 )
-def test_bad_arguments_are_one_line_and_exit_code_2(capsys, arguments, complaint):
+def test_bad_arguments_are_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, complaint):
+    monkeypatch.chdir(tmp_path)
     assert complaint in _rejected(capsys, *arguments)
 
 
