@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 _Kind = TypeVar("_Kind", bound=type)
 
@@ -45,6 +46,17 @@ def known(value: Any) -> int | float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def _is_traced(value: Any) -> bool:
+    """Whether `value` is a number that nobody knows yet."""
+    return isinstance(value, Tracer) and value.shape == () and jnp.issubdtype(value.dtype, np.number)
+
+
+def on_host(value: Any) -> Any:
+    """`value`, as one of NumPy if it is a number in an array of JAX that is not traced."""
+    is_concrete = isinstance(value, jax.Array) and not isinstance(value, Tracer) and value.shape == ()
+    return np.asarray(value) if is_concrete and jnp.issubdtype(value.dtype, np.number) else value
+
+
 def check_numbers(
     allowed: Allowed,
     *,
@@ -54,7 +66,7 @@ def check_numbers(
     schedule: bool = False,
     **values: Any,
 ) -> None:
-    """Checks numbers; scalar arrays of JAX, traced or not, pass unseen.
+    """Checks numbers; traced ones pass unseen.
 
     Args:
       allowed: which numbers are.
@@ -76,9 +88,9 @@ def check_numbers(
     for name, value in values.items():
         if (value is None and optional) or (schedule and callable(value)):
             continue
-        if isinstance(value, jax.Array) and value.shape == () and value.dtype != bool:
+        if _is_traced(value):
             continue
-        number = known(value)
+        number = known(on_host(value))
         if number is None:
             others = ", a schedule" * schedule + " or None" * optional
             raise ValueError(f"`{name}` must be a number{others}, got {value!r}.")

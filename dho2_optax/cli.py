@@ -449,13 +449,13 @@ def _recorder(plan: "_Plan", options: argparse.Namespace, *, first: bool) -> "Re
             held = path.exists() and (path.is_file() or any(path.iterdir()))
             if name == "tensorboard":
                 path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise _UsageError(f"--{name} {path} cannot be written: {system.reason(error)}") from error
         if held and not (options.overwrite or options.resume):
             raise _UsageError(f"--{name} {path} is there already: give --overwrite to replace it, or another --{name}")
     try:
         return Recorder(plan.metrics, plan.tensorboard, resume=options.resume)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _UsageError(f"--metrics {plan.metrics} cannot be written: {system.reason(error)}") from error
 
 

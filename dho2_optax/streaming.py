@@ -94,7 +94,7 @@ class _Streaming:
             # Copies: a state that shares a buffer with a hyperparameter could not be donated.
             # With a metric not before the base's state says something.
             wait=jnp.maximum(jnp.array(self.warmup_steps, jnp.int32), 0 if factors is None else _METRIC_UPDATES),
-            interval=jnp.array(self.interval, jnp.int32),
+            interval=counters.interval_of(self.interval),
             pending=jnp.zeros((), bool),
             # With a metric the first cycle begins as all others do.
             complete=jnp.asarray(factors is not None),
@@ -189,13 +189,13 @@ class _Streaming:
 
     def _interval_after(self, probing: Probing, found: jax.Array) -> jax.Array:
         """The interval of the next probes, by how far the eigenvalues have moved from cycle to cycle."""
-        interval = jnp.asarray(self.interval, jnp.int32)
+        interval = counters.interval_of(self.interval)
         if self.longest_interval is None:
             return interval
         movement, before = _movement(probing.last, found), probing.interval
         adapted = jnp.where(movement <= _AGREE, 2 * jnp.minimum(before, counters.LARGEST // 2), before)
         adapted = jnp.where(movement >= _DISAGREE, before // 2, adapted)
-        adapted = jnp.clip(adapted, interval, jnp.asarray(self.longest_interval, jnp.int32))
+        adapted = jnp.clip(adapted, interval, counters.interval_of(self.longest_interval))
         return jnp.where(probing.complete, adapted, before)
 
     def begin(self, state: DHO2State, source: Source) -> DHO2State:

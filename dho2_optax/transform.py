@@ -198,7 +198,10 @@ def mr_dho2(
 
     ``update`` takes what that of :func:`dho2` does, and ``hvp``: the product from :func:`value_grad_and_hvp`, averaged
     over the devices as the gradient is. `loss_fn` is not needed then. With neither ``hvp``, nor a batch for `loss_fn`
-    or `curvature`, nor ``value_fn``, a probe that is due is skipped, and counted in the metrics.
+    or `curvature`, nor ``value_fn``, a probe that is due is skipped, and counted in the metrics: so the batch may be
+    left out of some updates. Where something on the way drops it from all, as flax's ``apply_gradients`` and
+    ``optax.MultiSteps`` in a chain do, `base` trains alone and there is no error: see ``skipped_probes`` of
+    :func:`metrics`, or :func:`alarms`.
 
     The state holds the Krylov basis, ``order`` vectors, split as the rest.
 
@@ -406,7 +409,7 @@ def _interval(probe_interval: Interval) -> tuple[ArrayLike, ArrayLike | None]:
         raise ValueError(f"`probe_interval` must be a number or a pair (shortest, longest), got {probe_interval!r}.")
     for number in probe_interval:
         arguments.check_numbers("positive", whole=True, probe_interval=number)
-    shortest, longest = map(arguments.known, probe_interval)
+    shortest, longest = (arguments.known(arguments.on_host(number)) for number in probe_interval)
     if shortest is not None and longest is not None and longest < shortest:
         raise ValueError(f"`probe_interval` must be a pair (shortest, longest), got {probe_interval!r}.")
     return probe_interval[0], probe_interval[1]

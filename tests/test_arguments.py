@@ -86,9 +86,10 @@ _ARGUMENTS = {
     "value_grad_and_hvp": {"batch_size": "size"},
 }
 _NEVER = [float("nan"), -float("inf"), -1, -0.5, True, np.True_, "3", [1.0], 1j, np.float32("nan"), np.ones(2)]
-_FRACTIONS = [0.5, np.float32(2.5), np.float64(7.5), np.array(1.5)]
+_NEVER += [jnp.float32("nan"), jnp.int32(-1), jnp.bfloat16(-0.5), jnp.bool_(True), jnp.complex64(1j)]
+_FRACTIONS = [0.5, np.float32(2.5), np.float64(7.5), np.array(1.5), jnp.float32(0.5), jnp.bfloat16(2.5)]
 _BAD = {
-    "number": [*_NEVER, float("inf"), np.float32("inf")],
+    "number": [*_NEVER, float("inf"), np.float32("inf"), jnp.float32("inf")],
     "number, infinite": _NEVER,
     "whole": [*_NEVER, *_FRACTIONS, float("inf"), 2**31],
     "int": [*_NEVER, *_FRACTIONS, float("inf"), jnp.int32(3)],

@@ -4,11 +4,13 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -189,11 +191,20 @@ def _train(task_module, *arguments):
         (["--out", "\ud800"], r"--out \ud800 cannot be written: "),
         (["--out", "/dev/null"], "--out /dev/null cannot be written: File exists"),
         (["--out", "/dev/null/x"], "--out /dev/null/x cannot be written: Not a directory"),
+        (["--metrics", "x" * 10_000], "x cannot be written: File name too long"),
+        (["--metrics", "\0"], r"--metrics \x00 cannot be written: "),
+        (["--metrics", "\ud800"], r"--metrics \ud800 cannot be written: "),
+        (["--metrics", "/dev/null/x"], "--metrics /dev/null/x cannot be written: File exists"),
+        (["--tensorboard", "x" * 10_000], "x cannot be written: File name too long"),
+        (["--tensorboard", "\0"], r"--tensorboard \x00 cannot be written: "),
+        (["--tensorboard", "\ud800"], r"--tensorboard \ud800 cannot be written: "),
+        (["--tensorboard", "/dev/null/x"], "--tensorboard /dev/null/x cannot be written: Not a directory"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--step", "3"], "unrecognized arguments"),
     ],
 )
-def test_bad_arguments_are_one_line_and_exit_code_2(capsys, arguments, complaint):
+def test_bad_arguments_are_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, complaint):
+    monkeypatch.chdir(tmp_path)
     assert complaint in _rejected(capsys, *arguments)
 
 
@@ -727,6 +738,19 @@ def _environment():
     """An environment in which the command chooses its devices itself."""
     hidden = ("JAX_NUM_CPU_DEVICES", "PJRT_NPROC")
     return {key: value for key, value in os.environ.items() if key not in hidden}
+
+
+def test_a_disk_that_fills_up_while_updates_are_recorded_is_one_line(task_module, tmp_path):
+    command = [sys.executable, "-m", "dho2_optax", "poc", "--task", f"{task_module}:line", *QUICK, "--steps", "2000"]
+    command += ["--quiet", "--metrics", "metrics.jsonl", "--out", "report"]
+    # JAX warns that it cannot keep compiled programs either.
+    environment = {**_environment(), "PYTHONPATH": str(Path(cli.__file__).parents[1]), "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
+    _, errors = process.communicate(timeout=200)
+    said = "dho2-optax: error: metrics.jsonl cannot be written: File too large\n"
+    assert (process.returncode, errors) == (1, said)
+    assert len(read(tmp_path / "metrics.jsonl")) > 50
 
 
 @pytest.mark.slow

@@ -133,6 +133,20 @@ def test_a_clock_keeps_its_beat_when_the_interval_changes():
     assert np.all(np.diff(np.flatnonzero(due[20:])) == 6)
 
 
+@pytest.mark.parametrize(("given", "used"), [(0.5, 1), (0.0, 1), (-3.0, 1), (float("nan"), 1), (2.5, 2)])
+def test_an_interval_that_is_traced_may_be_anything(given, used):
+    @jax.jit
+    def run(interval):
+        clocks = jnp.arange(6)
+        probing = dho2.mr_dho2(optax.sgd(0.1), rank=1, probe_interval=interval).init(_PARAMS).probing
+        return counters.is_due(clocks, 1, interval), counters.tick(clocks, 1, interval), probing.interval
+
+    due, ticked, interval = run(given)
+    assert list(np.flatnonzero(due)) == list(range(1, 6, used))
+    assert list(ticked) == list(range(1, 7))
+    assert interval == used
+
+
 def test_sums_stop_at_the_largest():
     cases = [(5, 3, 8), (_LARGEST - 3, 3, _LARGEST), (_LARGEST - 2, 3, _LARGEST), (_LARGEST, 0, _LARGEST)]
     for start, number, total in cases:

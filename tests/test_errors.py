@@ -46,8 +46,13 @@ def _refused(message, function, *args, **kwargs):
 
 @pytest.mark.parametrize(
     "tx",
-    [_optimizer(lambda p, b: b * p**2, rank=1, order=1), optax.chain(dho2.soap(0.1)), dho2.shampoo(0.1)],
-    ids=["dho2", "soap", "shampoo"],
+    [
+        _optimizer(lambda p, b: b * p**2, rank=1, order=1),
+        dho2.mr_dho2(optax.sgd(0.1), lambda p, b: b * p**2, rank=1, eigensolver=dho2.Eigensolver(order=1)),
+        optax.chain(dho2.soap(0.1)),
+        dho2.shampoo(0.1),
+    ],
+    ids=["dho2", "mr_dho2", "soap", "shampoo"],
 )
 def test_python_floats_are_parameters(tx):
     tx = optax.with_extra_args_support(tx)
@@ -314,9 +319,11 @@ def test_an_axis_that_is_not_bound():
     _refused(said, dho2.lanczos, lambda x: x, jnp.ones(4), rank=1, axis_name=AXIS)
 
 
-def test_parameters_that_are_sharded_along_the_axis():
+@pytest.mark.parametrize("constructor", [dho2.dho2, dho2.mr_dho2])
+def test_parameters_that_are_sharded_along_the_axis(constructor):
     mesh = jax.make_mesh((2,), (AXIS,), axis_types=(AxisType.Explicit,))
-    tx = _optimizer(mesh=mesh, axis_name=AXIS)
+    options = grouped(rank=2, order=4, mesh=mesh, axis_name=AXIS)
+    tx = constructor(optax.sgd(0.1), _loss, **options)
     with jax.set_mesh(mesh):
         place = lambda spec: jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec)), _PARAMS)  # noqa: E731
         said = rf"must be whole along mesh axis '{AXIS}', got P\('{AXIS}',\) at \['b'\]; jax\.sharding\.reshard it"

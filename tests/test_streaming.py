@@ -899,6 +899,7 @@ def test_metrics_of_a_process():
         ({"probe_interval": -4}, "`probe_interval` must be positive, got -4"),
         ({"probe_interval": (4, 0)}, "`probe_interval` must be positive, got 0"),
         ({"probe_interval": (4, 3)}, r"`probe_interval` must be a pair \(shortest, longest\), got \(4, 3\)"),
+        ({"probe_interval": (jnp.int32(4), jnp.float32(3))}, r"`probe_interval` must be a pair .*, got \(Array\(4, "),
         ({"probe_interval": (4,)}, r"`probe_interval` must be a number or a pair .*, got \(4,\)"),
         ({"warmup_steps": -1}, "`warmup_steps` must be non-negative, got -1"),
         ({"rank": 0}, "`rank` must be positive, got 0"),

@@ -24,7 +24,7 @@ import dho2_optax
 from dho2_optax.poc import processes, report, system
 from dho2_optax.poc.models import num_parameters
 from dho2_optax.poc.optimizers import OPTIMIZERS, learning_rate
-from dho2_optax.poc.recording import Record, Recorder
+from dho2_optax.poc.recording import Record, Recorder, RecordError
 from dho2_optax.poc.results import Results, Row, Tuning, count_devices
 from dho2_optax.poc.saving import CheckpointError, Checkpoints
 from dho2_optax.poc.tasks import Task
@@ -418,10 +418,10 @@ class _Session:
 
 
 def _attempt(row: Row, action: Callable[[], _Result]) -> _Result | None:
-    """Run one part of a run; an exception marks its row and nothing else, unless a checkpoint cannot be written."""
+    """Run one part of a run; an exception marks its row and nothing else, unless it is the disk that failed."""
     try:
         return action()
-    except CheckpointError:
+    except (CheckpointError, RecordError):
         raise
     except Exception as error:
         processes.check(error)
