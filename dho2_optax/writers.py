@@ -27,7 +27,8 @@ class JSONLines:
 
     Args:
       path: the file; its folder is made if it is not there.
-      append: go on at the end of a file that is there. False: what it held is lost.
+      append: go on at the end of a file that is there, behind its last whole line: one that was cut off, by a full disk
+        say, is removed. False: what it held is lost.
 
     Raises:
       OSError: the file cannot be written.
@@ -51,6 +52,9 @@ class JSONLines:
         """Opens the file."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if append and path.exists():
+            with path.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
         self._file = path.open("a" if append else "w", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

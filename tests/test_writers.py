@@ -71,6 +71,15 @@ def test_a_file_is_replaced_or_gone_on_with(tmp_path):
     assert read(path) == []
 
 
+def test_what_goes_on_replaces_a_last_line_that_was_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for before, steps in (('{"step": 0}\n{"st', [0, 1]), ('{"st', [1]), ("", [1])):
+        path.write_text(before)
+        with JSONLines(path, append=True) as writer:
+            writer.write(1, {})
+        assert [record["step"] for record in read(path)] == steps
+
+
 def test_a_last_line_that_was_cut_off_is_left_out_and_others_are_errors(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"st')
