@@ -172,7 +172,8 @@ def loss(
     if axes.get_yscale() == "linear" and all(value > 0 for value in losses if math.isfinite(value)):
         axes.set_yscale("log")
     axes.set(xlabel="updates" if seconds is None else "seconds", ylabel="loss")
-    axes.set_xlim(left=0)
+    longest = max(np.max(line.get_xdata()) for line in axes.lines)  # a limit that is set holds for later curves
+    axes.set_xlim(0, 1.05 * longest or 1)
     return axes
 
 

@@ -1,5 +1,7 @@
 """What pictures show: their lines, scales and labels."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -93,6 +95,17 @@ def test_losses_against_updates_and_seconds():
         plots.loss([])
     with pytest.raises(ValueError, match="`seconds` must be as many as `losses`, 2, got 1"):
         plots.loss([1.0, 2.0], seconds=[1.0])
+
+
+@pytest.mark.parametrize("seconds", [[1.0, 9.0], [9.0, 1.0], [0.0, 0.0]])
+def test_curves_on_the_same_axes_are_shown_to_the_end_of_the_longest(seconds):
+    axes = None
+    for each in seconds:
+        axes = plots.loss([math.nan, 3.0, 2.0], axes, seconds=[each] * 3)
+    axes.figure.canvas.draw()
+    left, right = axes.get_xlim()
+    assert left == 0
+    assert right == (pytest.approx(1.05 * 27) if any(seconds) else 1)
 
 
 def test_memory_against_devices():
