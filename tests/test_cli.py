@@ -352,6 +352,16 @@ def test_a_plan_is_printed_as_tables_or_as_json(capsys):
     assert found == json.loads(json.dumps(dataclasses.asdict(dho2.plan(shapes, **options))))
 
 
+def test_the_plans_that_the_pages_ask_for_are_made(capsys):
+    root = Path(__file__).parents[1]
+    pages = (root / "README.md").read_text() + (root / "docs" / "plan.md").read_text()
+    commands = re.findall(r"^dho2-optax (plan .*)$|`dho2-optax (plan -[^`]+)`", pages, flags=re.MULTILINE)
+    assert len(commands) == 4
+    for command in map("".join, commands):
+        assert cli.main(command.split()) == 0, command
+        assert "forms of refresh" in capsys.readouterr().out
+
+
 def test_a_plan_for_a_model_takes_its_parameters_work_and_defaults(capsys):
     assert cli.main(["plan", "--model", "mlp", "--hardware", "a100", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
