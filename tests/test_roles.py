@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
+from benchmarks import hostile
 from benchmarks.options import grouped
 from tests.helpers import flat, flat_rows, matrix_operator, symmetric
 from tests.multidevice import problems
@@ -451,6 +452,46 @@ def test_a_batch_is_judged_by_its_own_gradient_whatever_came_before():
     assert not run.state.bounds.trust()
     assert run.metrics["installed"] > before["installed"]
     assert run.metrics["rejected"] == before["rejected"]
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_curvature_of_a_dim_a_padded_and_an_empty_batch_harms_no_more_than_the_base_alone(base):
+    """Their gradients are no outliers: what is found on them is used."""
+    problem, interval = hostile.least_squares(), 20
+    kinds = {interval * (i + 1): hostile.KINDS[kind] for i, kind in enumerate(("dim 0.01", "padding", "empty"))}
+
+    def train(tx, group=None):
+        @jax.jit
+        def step(params, state, key, hostility):
+            batch = problem.draw(key, hostility)
+            updates, state = tx.update(jax.grad(problem.loss_fn)(params, batch), state, params)
+            params = optax.apply_updates(params, updates)
+            return params, state, batch, problem.loss_fn(params, problem.clean)
+
+        params, state, losses, pairs = problem.params, tx.init(problem.params), [], []
+        for i, key in enumerate(jax.random.split(jax.random.key(0), 5 * interval)):
+            hostility = jax.tree.map(np.float32, kinds.get(i, hostile.Hostility()))
+            params, state, batch, loss = step(params, state, key, hostility)
+            losses.append(float(loss))
+            if group is not None:
+                state = group.advance(state, params, batch)
+                pairs.append(dho2.spectrum(state).eigenvalues.max())
+        return np.array(losses), np.array(pairs)
+
+    options = {"rank": _RANK, "interval": interval, "deterministic": True}
+    alone, _ = train(hostile.BASES[base]())
+    tx = dho2.dho2(hostile.BASES[base](), rank=_RANK, refresh_interval=None)
+    with dho2.CurvatureGroup(problem.loss_fn, devices=jax.devices()[-2:], **options) as group:
+        found, largest = train(tx, group)
+        assert (group.metrics()["installed"], group.metrics()["rejected"]) == (4, 0)
+    first, dim, padded, empty = largest[interval::interval]
+    assert dim < 1e-3 * first
+    assert 0 < padded < 0.3 * first
+    assert empty == 0
+    assert found.max() <= hostile.WORST * alone.max()
+    # While each of the spectra is in use, the last one at the end.
+    ours, base_alone = (x.reshape(5, interval).mean(axis=1) for x in (found, alone))
+    assert np.all(ours <= hostile.END * base_alone)
 
 
 def test_options_reach_the_solver():
