@@ -269,6 +269,34 @@ def test_eigenpairs_are_those_of_the_preconditioned_hessian(name):
     assert np.all(np.abs(np.asarray(state.spectrum.eigenvalues) / raw - 1) > 0.05)
 
 
+@pytest.mark.parametrize("base", [optax.adam, optax.rmsprop])
+def test_the_first_eigenvalues_of_a_stream_are_those_in_the_metric_at_its_start_and_nearly_in_that_of_today(base):
+    """Of a second moment of few gradients; that of RMSprop has moved by a fifth when they are published."""
+    tx = dho2.mr_dho2(base(1e-2), _loss, rank=3, probe_interval=1)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(_loss)(params, _BATCH), state, params, batch=_BATCH)
+        values = jnp.where(state.spectrum.mask, state.spectrum.eigenvalues, 0)
+        return (optax.apply_updates(params, updates), state), (values, state.factors, _values(state.base_state))
+
+    start = _PARAMS, tx.init(_PARAMS)
+    published, used, read = jax.jit(lambda start: jax.lax.scan(step, start, length=20)[1])(start)
+    first = int(np.argmax(published[:, 0] > 0))
+    used, *read = (
+        helpers.flat(jax.tree.map(lambda x, at=at: x[at], tree))
+        for tree, at in [(used.values, first), *((read, i) for i in range(first))]
+    )
+    began = np.argmin([np.abs(x - used).max() for x in read])
+    assert 8 <= began < first - 3
+    np.testing.assert_allclose(used, read[began], rtol=1e-6)
+    then, today = (np.linalg.eigvalsh(x[:, None] * _MATRIX * x)[:-4:-1] for x in (used, read[-1]))
+    found = np.asarray(published[first])
+    usable = found > 0
+    np.testing.assert_allclose(found[usable], then[usable], rtol=0.05)
+    assert np.all(found < 2 * today)
+
+
 def test_one_update_is_the_dense_rule():
     """u = sigma d - P^{1/2} V'(sigma e + alpha q / lambda), all of it in float64 with dense matrices."""
     alpha, rate = 0.7, 0.01

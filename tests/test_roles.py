@@ -454,7 +454,7 @@ def test_a_batch_is_judged_by_its_own_gradient_whatever_came_before():
     assert run.metrics["rejected"] == before["rejected"]
 
 
-@pytest.mark.parametrize("base", ["sgd", "adam"])
+@pytest.mark.parametrize("base", [pytest.param("sgd", marks=pytest.mark.slow), "adam"])
 def test_curvature_of_a_dim_a_padded_and_an_empty_batch_harms_no_more_than_the_base_alone(base):
     """Their gradients are no outliers: what is found on them is used."""
     problem, interval = hostile.least_squares(), 20

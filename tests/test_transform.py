@@ -16,7 +16,7 @@ import pytest
 
 import dho2_optax as dho2
 from benchmarks.options import grouped
-from tests.helpers import flat, flat_rows, symmetric, unflatten
+from tests.helpers import flat, flat_rows, named_spectra, symmetric, unflatten
 
 _N = 8
 _NUM_STEPS = 9
@@ -1005,6 +1005,59 @@ def test_one_tree_of_many_dtypes_with_scalar_and_empty_leaves():
     np.testing.assert_allclose(dho2.spectrum(state).eigenvalues, 2, rtol=1e-2)
     assert np.all(np.isfinite(flat(updates)))
     assert state.refreshes == 1
+
+
+_OUTLYING = np.abs(named_spectra(40)["outliers"])
+_OUTLYING_MATRIX = np.float32(symmetric(_OUTLYING))
+
+
+def _outlying_loss(params, batch):
+    x = jnp.concatenate([leaf.reshape(-1).astype(jnp.float32) for leaf in jax.tree.leaves(params)])
+    return 0.5 * jnp.mean(batch) * x @ jnp.dot(_OUTLYING_MATRIX, x, precision="highest")
+
+
+def _follow(tx, params, batch, num_updates):
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(_outlying_loss)(params, batch), state, params, batch=batch)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, tx.init(params)), length=num_updates)[0]
+
+
+@pytest.mark.parametrize("timing", [{"refresh_interval": 10}, {"probe_interval": 1}], ids=["dho2", "mr_dho2"])
+@pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "bfloat16")], ids=str)
+def test_all_pairs_are_found_with_parameters_of_short_dtypes(dtypes, timing):
+    params = {"a": jnp.ones((4, 6), dtypes[0]), "b": jnp.linspace(-1, -0.5, 16, dtype=dtypes[1])}
+    make = dho2.dho2 if "refresh_interval" in timing else dho2.mr_dho2
+    tx = make(optax.sgd(0.05), _outlying_loss, rank=4, **timing)
+    params, state = jax.jit(lambda params: _follow(tx, params, jnp.ones(8), 42))(params)
+    assert dho2.metrics(state)["active_pairs"] == 4
+    precision = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    np.testing.assert_allclose(dho2.spectrum(state).eigenvalues, [10, 8, 6, 5], rtol=precision)
+    assert np.isfinite(flat(params)).all()
+
+
+def test_the_scale_of_the_objective_changes_nothing_until_squares_of_gradients_overflow():
+    """With the learning rate scaled accordingly; then no curvature is learnt, and the base is by itself."""
+    start = {"a": jnp.ones((4, 6)), "b": jnp.linspace(-1, -0.5, 16)}
+
+    def run(scale):
+        tx = dho2.dho2(optax.sgd(0.05 / scale), _outlying_loss, rank=4, refresh_interval=10)
+        params, state = _follow(tx, start, scale * jnp.ones(8), 42)
+        return params, dho2.metrics(state), dho2.spectrum(state).eigenvalues / scale
+
+    scales = jnp.asarray([1, 1e-30, 1e15, 1e30], jnp.float32)
+    params, metrics, eigenvalues = jax.jit(lambda scales: jax.lax.map(run, scales))(scales)
+    np.testing.assert_array_equal(metrics["active_pairs"], [4, 4, 4, 0])
+    np.testing.assert_array_equal(metrics["rejected_refreshes"], [0, 0, 0, 4])
+    np.testing.assert_allclose(eigenvalues[:3], 3 * [[10, 8, 6, 5]], rtol=1e-3)
+    usual, *scaled, base = flat_rows(params)
+    for found in scaled:
+        np.testing.assert_allclose(found, usual, atol=1e-4)
+    alone = np.linalg.matrix_power(np.eye(40) - 0.05 * np.float64(_OUTLYING_MATRIX), 42) @ flat(start)
+    np.testing.assert_allclose(base, alone, atol=1e-4)
+    assert np.abs(usual - alone).max() > 1e-2
 
 
 def test_a_short_basis_finds_eigenvalues_to_its_precision():
