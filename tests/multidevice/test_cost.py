@@ -260,7 +260,8 @@ def test_every_leaf_of_a_donated_state_is_written_over(program, monkeypatch):
     aliases = [tuple(map(int, pair)) for pair in _ALIAS.findall(text[: text.index("\n")])]
     leaves = jax.tree.leaves((_params(), state))
     assert {i for i, x in enumerate(leaves) if x.size > 1} <= {output for output, _ in aliases}
-    assert len({argument for _, argument in aliases}) == len(aliases) >= len(leaves) - 2
+    unread = 3  # the share, the brake, and the length of the last gradient: an update writes them, for those who look
+    assert len({argument for _, argument in aliases}) == len(aliases) >= len(leaves) - unread
     # Stacks of the rank or of the order, as one device holds them.
     least = RANK * NUM_PARAMS // (8 if "mesh" in program[0] else 1) // 2
     copies = re.findall(r"(?:f32|bf16)\[((?:8|16),[\d,]+)\]\S* copy\(", text)
