@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dho2_optax import arguments, counters, programs, segments, vectors
 from dho2_optax import curvature as curvature_lib
+from dho2_optax import metric as metric_lib
 from dho2_optax.curvature import BatchSize, LossFn, Operator
 from dho2_optax.eigensolver import Spectrum, zero_spectrum
 from dho2_optax.learning import check_objective
@@ -188,7 +189,9 @@ class CurvatureGroup:
     read from the base is known.
 
     After every update, :meth:`advance` looks whether the Lanczos process in flight has ended, puts its eigenpairs in
-    use, and launches the next one on a copy of the parameters. It waits for nothing, except in deterministic mode.
+    use, and launches the next one on a copy of the parameters. It waits for nothing, except in deterministic mode. The
+    first is launched after the first update, or with a metric after the tenth: a base's preconditioner says nothing
+    before.
 
     A process that fails, takes longer than `timeout` or meets a number that is not finite changes nothing: training
     goes on with the last good spectrum, and :meth:`metrics` counts the event. An error that is not one of a device, a
@@ -382,8 +385,11 @@ class CurvatureGroup:
           The state, to be used in place of `state`.
         """
         if self._count is None:
+            # What is wrong with them is said at once, and not when the metric means something.
+            factors, _ = self._read_factors(state, params)
+            batch_specs(batch, self._mesh, self._axis_name)
             self._count = int(find_state(state).count)
-            self._next_launch = self._count
+            self._next_launch = max(self._count, 0 if factors is None else metric_lib.MATURE_AFTER)
         else:
             self._count += 1
         state, log = self._collect(state, params), self._log

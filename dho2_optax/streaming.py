@@ -25,14 +25,13 @@ from dho2_optax.curvature import BatchSize, LossFn
 from dho2_optax.eigensolver import Wanted
 from dho2_optax.krylov import LanczosState
 from dho2_optax.masking import Shown, fill, hide
-from dho2_optax.metric import Factors, Metric, geometry
+from dho2_optax.metric import MATURE_AFTER, Factors, Metric, geometry
 from dho2_optax.packing import Layout, of_buffers
 from dho2_optax.refresh import Refresh, Solver, Source, carrier, in_metric, install, is_sound, keep_if, reject
 from dho2_optax.state import DHO2State, find_state
 
 ArrayLike = jax.typing.ArrayLike
 
-_METRIC_UPDATES = 10  # of a base before its preconditioner is a metric: averages of fewer gradients are noise
 _AGREE = 0.05  # eigenvalues that moved by at most this part of the largest let the probes become rarer
 _DISAGREE = 0.2  # and by at least this part, more frequent
 _WITHOUT_FORWARD_MODE = (
@@ -93,7 +92,7 @@ class _Streaming:
             found=Wanted(zeros(pairs), zeros(pairs), zeros(pairs, solver.order), jnp.zeros(pairs, bool)),
             # Copies: a state that shares a buffer with a hyperparameter could not be donated.
             # With a metric not before the base's state says something.
-            wait=jnp.maximum(jnp.array(self.warmup_steps, jnp.int32), 0 if factors is None else _METRIC_UPDATES),
+            wait=jnp.maximum(jnp.array(self.warmup_steps, jnp.int32), 0 if factors is None else MATURE_AFTER),
             interval=counters.interval_of(self.interval),
             pending=jnp.zeros((), bool),
             # With a metric the first cycle begins as all others do.

@@ -297,6 +297,29 @@ def test_the_first_eigenvalues_of_a_stream_are_those_in_the_metric_at_its_start_
     assert np.all(found < 2 * today)
 
 
+@pytest.mark.parametrize("base", [optax.adam, optax.rmsprop])
+def test_a_group_waits_for_the_metric_and_its_first_eigenvalues_are_nearly_those_in_that_of_today(base):
+    tx = dho2.dho2(base(1e-2), rank=3, refresh_interval=None)
+    params, state = _PARAMS, tx.init(_PARAMS)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(_loss)(params, _BATCH), state, params)
+        return optax.apply_updates(params, updates), state
+
+    options = {"rank": 3, "interval": 10, "deterministic": True}
+    with dho2.CurvatureGroup(_loss, devices=jax.devices()[-1:], **options) as group:
+        for i in range(1, 21):
+            params, state = step(params, state)
+            state = group.advance(state, params, _BATCH)
+            assert (group.metrics()["launches"] > 0) == (i >= 10)
+    half = helpers.flat(_values(state.base_state))
+    today = np.linalg.eigvalsh(half[:, None] * _MATRIX * half)[:-4:-1]
+    assert np.all(state.spectrum.mask)
+    assert np.all(state.spectrum.eigenvalues < 2 * today)
+    assert np.all(state.spectrum.eigenvalues > today / 2)
+
+
 def test_one_update_is_the_dense_rule():
     """u = sigma d - P^{1/2} V'(sigma e + alpha q / lambda), all of it in float64 with dense matrices."""
     alpha, rate = 0.7, 0.01
@@ -491,7 +514,7 @@ def test_a_curvature_group_works_in_the_metric_of_the_optimizer(num_training, me
         updates, state = tx.update(jax.grad(_loss)(params, _BATCH), state, params)
         return optax.apply_updates(params, updates), state
 
-    for _ in range(14):
+    for _ in range(18):
         params, state = step(params, state)
         state = group.advance(state, params, _BATCH)
     assert group.metrics()["installed"] >= 2
