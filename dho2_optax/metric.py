@@ -171,7 +171,7 @@ def snapshot(metric: Metric, base_state: Any, params: Any, axis_name: str | None
     return whole.split(layout, metric)
 
 
-MATURE_AFTER = 10  # of a base before its preconditioner is a metric: averages of fewer gradients are noise
+MATURE_AFTER = 10  # updates of a base before its preconditioner is a metric: averages of fewer gradients are noise
 _EPSILON = 1e-8  # what optax adds to the root of second moments
 _SECOND_DECAY = 0.999
 _MAX_RATIO = 1e3  # of numbers of P within a leaf

@@ -385,11 +385,14 @@ class CurvatureGroup:
           The state, to be used in place of `state`.
         """
         if self._count is None:
-            # What is wrong with them is said at once, and not when the metric means something.
-            factors, _ = self._read_factors(state, params)
-            batch_specs(batch, self._mesh, self._axis_name)
-            self._count = int(find_state(state).count)
-            self._next_launch = max(self._count, 0 if factors is None else metric_lib.MATURE_AFTER)
+            ours, first = find_state(state), 0
+            if ours.factors is not None:
+                first = metric_lib.MATURE_AFTER
+                # What is wrong is said at once, and not when the metric means something.
+                ours.factors.metric(self._metric)
+                batch_specs(batch, self._mesh, self._axis_name)
+            self._count = int(ours.count)
+            self._next_launch = max(self._count, first)
         else:
             self._count += 1
         state, log = self._collect(state, params), self._log
