@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import dho2_optax
+from dho2_optax.metric import MATURE_AFTER
 from dho2_optax.poc import data, equations, optimizers, tasks, training
 from dho2_optax.poc.tasks import Task
 
@@ -170,10 +171,12 @@ def test_a_streaming_optimizer_probes_in_some_steps_and_refreshes_in_others(digi
 
 @pytest.mark.parametrize("devices", [2, 4])
 def test_devices_that_do_not_train_find_curvature(digits, devices):
-    spec = training.Spec("mr-dho2-roles", 0.01, devices, 64, 12, rank=2, refresh_interval=3)
+    steps = MATURE_AFTER + 12
+    spec = training.Spec("mr-dho2-roles", 0.01, devices, 64, steps, rank=2, refresh_interval=3)
 
-    def wait(step, loss):  # for the first Lanczos process, launched before step 0
-        time.sleep(0.05 if step else 1.0)
+    def wait(step, loss):  # for the first Lanczos process, launched once Adam's preconditioner is a metric
+        if step >= MATURE_AFTER:
+            time.sleep(2.0 if step == MATURE_AFTER else 0.05)
 
     program, run = _train(digits, spec, on_step=wait)
     assert program.context.mesh.size == len(program.context.curvature_devices) == devices // 2
