@@ -486,6 +486,19 @@ def test_extend_copies_no_basis_and_sums_four_times_over_the_devices():
     assert count_instructions(hlo, "all-reduce") == 2 + 4 + 1
 
 
+def test_the_program_of_a_product_is_short_and_does_not_grow_with_the_leaves():
+    """632 lines for three leaves before vectors were packed."""
+
+    def lines(num_leaves):
+        layout = Layout([np.zeros((100 + i, 30), np.float32) for i in range(num_leaves)], None)
+        state = jax.eval_shape(lambda: krylov.start(layout.random(jnp.uint32(0)), 16, seed=jnp.uint32(1)))
+        product = jax.eval_shape(lambda state: state.vector, state)
+        program = jax.jit(lambda state, product: krylov.extend(state, product, layout)).lower(state, product)
+        return len(program.as_text().splitlines())
+
+    assert lines(29) == lines(3) < 500
+
+
 def test_zero_products_are_finite():
     state = _extend(np.zeros((_N, _N), np.float32), _begin(_random(1)))
     assert krylov.is_finite(state)

@@ -648,6 +648,29 @@ def test_a_donated_update_without_a_refresh_copies_no_stack_of_vectors(factory, 
     assert not re.findall(stack + r"\S* copy\(", entry)
 
 
+@pytest.mark.parametrize("factory", [dho2.dho2, dho2.mr_dho2])
+def test_a_product_and_each_small_eigenproblem_are_compiled_once(factory):
+    """Whatever asks: the first product or a later one, every fourth or the last, a first refresh or another."""
+
+    def loss_fn(params, batch):
+        return jnp.mean(batch * jnp.tanh(params) ** 2)
+
+    def product(params, batch, vector):
+        return jax.jvp(jax.grad(loss_fn), (params, batch), (vector, jnp.zeros_like(batch)))[1]
+
+    tx = factory(optax.adam(0.01), loss_fn, rank=3)
+    params = jax.ShapeDtypeStruct((8, 5), jnp.float32)
+
+    def update(grads, state, params, batch):
+        return tx.update(grads, state, params, batch=batch)
+
+    one = jax.jit(product).lower(params, params, params).as_text().count("stablehlo.tanh")
+    text = jax.jit(update).lower(params, jax.eval_shape(tx.init, params), params, params).as_text()
+    assert text.count("stablehlo.tanh") == one > 0
+    # Of the matrix of the Krylov space, and of the curvature that the old eigenvectors had missed.
+    assert re.findall(r"syevd.*?> \(tensor<(\d+)x", text) == ["6", "3"]
+
+
 def test_the_second_call_does_not_compile(caplog):
     def compilations(function, *arguments):
         caplog.clear()
