@@ -539,8 +539,8 @@ def _start_devices(wanted: int) -> int:
             jax.config.update("jax_num_cpu_devices", wanted)
     try:
         return jax.device_count()
-    except RuntimeError as error:
-        raise _UsageError(f"no device can be used: {error}") from error
+    except (AssertionError, RuntimeError) as error:  # jax asserts that a platform that is asked for is there
+        raise _UsageError(system.no_device(error)) from error
 
 
 def _default_devices(available: int) -> int:

@@ -67,7 +67,8 @@ class TrainState(train_state.TrainState):
         """
         fields = {field.name for field in dataclasses.fields(self)}
         extra = {name: kwargs.pop(name) for name in self.update_arguments - fields if name in kwargs}
-        tx = optax.with_extra_args_support(self.tx)
+        # `MultiSteps` passes them on, but is no transformation by its type.
+        tx = self.tx if isinstance(self.tx, optax.MultiSteps) else optax.with_extra_args_support(self.tx)
         told = optax.GradientTransformationExtraArgs(tx.init, functools.partial(tx.update, **extra))
         # The step itself is flax's: it knows which of the parameters are none of the optimizer's.
         return super(TrainState, self.replace(tx=told)).apply_gradients(grads=grads, **{"tx": self.tx, **kwargs})

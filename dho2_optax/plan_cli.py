@@ -105,6 +105,10 @@ def run(options: argparse.Namespace, start_devices: Callable[[int], int]) -> int
         found = _made(options, start_devices)
     except ValueError as error:
         raise PlanError(str(error)) from error
+    except AssertionError as error:  # of jax, where the platform that is asked for is not there
+        raise PlanError(system.no_device(error)) from error
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        raise PlanError(system.describe(error)) from error
     if options.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
     elif importlib.util.find_spec("rich") is None:

@@ -251,9 +251,10 @@ def smoothed(losses: Sequence[float]) -> np.ndarray:
       >>> smoothed([4.0] * 20 + [2.0] * 20)[[0, 1, 20, 39]].tolist()
       [inf, 4.0, 3.0, 2.0]
     """
-    window = max(1, len(losses) // 20)
-    sums = np.concatenate([[0.0], np.cumsum(np.asarray(losses, np.float64))])
-    means = (sums[window:] - sums[:-window]) / window
+    values = np.asarray(losses, np.float64)
+    window = max(1, values.size // 20)
+    # Each window by itself: in a running sum a spike would leave its rounding behind in all that come later.
+    means = np.lib.stride_tricks.sliding_window_view(values, window).mean(axis=-1) if values.size else values
     return np.concatenate([np.full(window - 1, np.inf), means])
 
 

@@ -43,6 +43,7 @@ class Dataset(NamedTuple):
     train_labels: np.ndarray  # shape=(n,), dtype=int32
     test_images: np.ndarray
     test_labels: np.ndarray
+    is_digits: bool = False  # those of the package; a folder may be called so, too
 
     @property
     def num_classes(self) -> int:
@@ -111,7 +112,7 @@ def _digits() -> Dataset:
     order = np.random.default_rng(0).permutation(len(labels))
     num_test = math.floor(len(labels) * _DIGITS_TEST_FRACTION)
     test, train = order[:num_test], order[num_test:]
-    return Dataset(DIGITS, images[train], labels[train], images[test], labels[test])
+    return Dataset(DIGITS, images[train], labels[train], images[test], labels[test], is_digits=True)
 
 
 def _find_idx(folder: Path, name: str) -> Path | None:

@@ -266,7 +266,7 @@ def _said(results: Results, *, brief: bool = False) -> list[tuple[str, Sequence[
         f"{target.task}: the target is a training loss of {target.loss:.4g}, {target.origin}."
         for target in results.targets
     ]
-    reading += [*_roles(results), *_taken_up(results), _rates(results), _seconds(results)]
+    reading += [*_roles(results), *_elsewhere(results), *_taken_up(results), _rates(results), _seconds(results)]
     if results.machine["virtual_devices"]:
         reading.append(_VIRTUAL_DEVICES)
         if results.machine.get("process_count", 1) > 1:
@@ -346,6 +346,22 @@ def _seconds(results: Results) -> str:
         f"Seconds are {of}, on this machine as idle or busy as it was: where a verdict hangs on them, run it again "
         "with nothing beside it, and more seeds."
     )
+
+
+def _elsewhere(results: Results) -> list[str]:
+    """Say which results are of other machines, or of fewer devices than were asked for."""
+    machines = [
+        f"The runs before it went on were begun at {machine['date']} on {machine['cpu']}, {machine['cores']} cores, "
+        f"{count_devices(machine['device_count'])} of the kind {machine['device_kind']}: their seconds are of there."
+        for machine in results.earlier_machines
+    ]
+    fewer = dict.fromkeys(
+        f"{row.task}, {row.optimizer}: {count_devices(row.devices)} were asked for, but there were no more than "
+        f"{row.present_devices} that can share a batch, and memory and communication are of these."
+        for row in results.rows
+        if row.present_devices < row.devices
+    )
+    return [*machines, *fewer]
 
 
 def _taken_up(results: Results) -> list[str]:

@@ -24,6 +24,7 @@ __all__ = [
     "Tuning",
     "count_devices",
     "findings",
+    "median_to_target",
     "summarize",
     "within",
 ]
@@ -32,6 +33,8 @@ __all__ = [
 TIE_STEPS = 1.05
 TIE_SECONDS = 1.1  # clocks are noisy
 
+_MACHINE = ("cpu", "cores", "device_kind", "device_count")  # what seconds depend on
+
 
 @dataclasses.dataclass
 class Row:
@@ -39,11 +42,12 @@ class Row:
 
     task: str
     optimizer: str
-    devices: int  # asked for; in the end there may have been fewer, see `taken_up`
+    devices: int  # asked for; a run that goes on may have had fewer, see `devices_left` and `taken_up`
     seed: int | None  # None if the program was only compiled
     learning_rate: float
     status: str  # "ok", "diverged", "failed", "compiled", or what the optimizer needs and the run has not
     message: str = ""
+    devices_left: int | None = None  # where there were fewer when the run, or the rest of it, was compiled
     # Of the devices. Those that find curvature and do not train are a group of their own, or there are none.
     train_devices: int | None = None
     curvature_devices: int | None = None
@@ -87,10 +91,23 @@ class Row:
     steps_to_target: int | None = None
     seconds_to_target: float | None = None
 
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Row":
+        """Read from JSON, which has null for a number that is not finite."""
+        row = cls(**fields)
+        row.losses = [math.nan if x is None else x for x in row.losses]
+        row.counters = {name: math.nan if x is None else x for name, x in row.counters.items()}
+        return row
+
     @property
     def trained(self) -> bool:
         """Whether steps were run, and not only compiled."""
         return bool(self.losses)
+
+    @property
+    def present_devices(self) -> int:
+        """The devices that its program was compiled for."""
+        return self.devices if self.devices_left is None else self.devices_left
 
     @property
     def optimizer_bytes(self) -> int | None:
@@ -172,6 +189,13 @@ class Results:
     tuning: list[Tuning] = dataclasses.field(default_factory=list)
     targets: list[Target] = dataclasses.field(default_factory=list)
     tried: list[Row] = dataclasses.field(default_factory=list)  # the runs of the tuning
+    earlier_machines: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # where a part was made before
+
+    def move_to(self, machine: dict[str, Any]) -> None:
+        """Go on here; where the results so far come from is kept if that is another machine, or has other devices."""
+        if any(self.machine.get(name) != machine.get(name) for name in _MACHINE):
+            self.earlier_machines.append(self.machine)
+        self.machine = machine
 
     @property
     def num_failed(self) -> int:
@@ -203,8 +227,13 @@ class Results:
         """
         try:
             fields = json.loads(path.read_bytes())
-            parts = {"rows": Row, "tried": Row, "tuning": Tuning, "targets": Target}
-            made = {name: [part(**x) for x in fields.get(name, [])] for name, part in parts.items()}
+            parts = {
+                "rows": Row.of,
+                "tried": Row.of,
+                "tuning": lambda x: Tuning(**x),
+                "targets": lambda x: Target(**x),
+            }
+            made = {name: [part(x) for x in fields.get(name, [])] for name, part in parts.items()}
             return cls(**(fields | made))
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} holds no results of this version: {system.describe(error)}") from error
@@ -222,6 +251,7 @@ class Summary:
     task: str
     optimizer: str
     devices: int
+    present_devices: int
     learning_rate: float
     status: str  # as that of the rows, or "diverged in 1 of 3"
     message: str
@@ -282,23 +312,35 @@ def _summary(task: str, optimizer: str, devices: int, rows: list[Row]) -> Summar
     for field in _NUMERIC:
         present = [x for row in rows if (x := getattr(row, field)) is not None]
         values[field] = float(statistics.median(present)) if present else None
-    reached = sum(row.steps_to_target is not None for row in rows)
-    if reached <= len(rows) / 2:  # the median seed did not get there
-        values["steps_to_target"] = values["seconds_to_target"] = None
+    for field in ("steps_to_target", "seconds_to_target"):
+        values[field] = median_to_target([getattr(row, field) for row in rows])
     return Summary(
         task=task,
         optimizer=optimizer,
         devices=devices,
+        present_devices=rows[0].present_devices,
         learning_rate=rows[0].learning_rate,
         status=status,
         message=bad[0].message if bad else "",
         train_devices=rows[0].train_devices,
         curvature_devices=rows[0].curvature_devices,
         trained=any(row.trained for row in rows),
-        reached=reached,
+        reached=sum(row.steps_to_target is not None for row in rows),
         seeds=len(rows),
         values=values,
     )
+
+
+def median_to_target(values: Sequence[float | None]) -> float | None:
+    """The median of what seeds need to a target; one that never gets there needs infinitely much.
+
+    Example:
+      >>> from dho2_optax.poc.results import median_to_target
+      >>> median_to_target([6, 20, None]), median_to_target([6, None, None])
+      (20.0, None)
+    """
+    median = statistics.median(math.inf if value is None else float(value) for value in values)
+    return median if math.isfinite(median) else None
 
 
 def _target(task: dict[str, Any], rows: list[Row], given: float | None) -> Target | None:
@@ -311,7 +353,7 @@ def _target(task: dict[str, Any], rows: list[Row], given: float | None) -> Targe
     baselines = [s for s in done if not OPTIMIZERS[s.optimizer].hybrid]
     if not done:
         return None
-    best = min(baselines or done, key=lambda s: s["final_loss"] or math.inf)
+    best = min(baselines or done, key=lambda s: math.inf if s["final_loss"] is None else s["final_loss"])
     kind = "first-order optimizer" if baselines else "optimizer (there is no first-order one)"
     error, accuracy = best["test_error"], best["test_accuracy"]
     worth = [] if error is None else [f"a relative error of {error:.2%}"]
@@ -403,7 +445,7 @@ def _compare(task: dict[str, Any], hybrid: Summary, group: list[Summary], said: 
 
     lower_is_better("steps_to_target", "steps", lambda x: f"{x:.0f}")
     lower_is_better("seconds_to_target", "seconds", lambda x: f"{x:.2f}")
-    accuracies = [(s["test_accuracy"] or 0.0, s.optimizer) for s in baselines]
+    accuracies = [(x, s.optimizer) for s in baselines if (x := s["test_accuracy"]) is not None]
     ours = hybrid["test_accuracy"]
     if accuracies and ours is not None:
         theirs, rival = max(accuracies)
@@ -431,11 +473,11 @@ def _compare(task: dict[str, Any], hybrid: Summary, group: list[Summary], said: 
 
 def _memory_finding(task: str, optimizer: str, group: list[Summary], said: list[str]) -> None:
     sizes = sorted(
-        (s.devices, s["optimizer_bytes"]) for s in group if s.optimizer == optimizer and s["optimizer_bytes"]
+        (s.present_devices, s["optimizer_bytes"]) for s in group if s.optimizer == optimizer and s["optimizer_bytes"]
     )
-    if len(sizes) < 2:
+    (few, before), (many, after) = (sizes[0], sizes[-1]) if sizes else ((0, 0.0), (0, 0.0))
+    if few == many:
         return
-    (few, before), (many, after) = sizes[0], sizes[-1]
     before, after = before or 0.0, after or 1.0
     text = (
         f"{task}: {optimizer}'s state takes {megabytes(before)} on {count_devices(few)} and "

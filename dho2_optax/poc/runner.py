@@ -105,11 +105,13 @@ def run(
         results = Results(machine, dataclasses.asdict(settings), [_describe(task) for task in tasks])
     else:
         results = earlier
-        results.machine, results.status = machine, "running"
-        # What failed may go well now.
+        results.status = "running"
+        results.move_to(machine)
+        # What failed may go well now, and what was tuned without it otherwise.
         results.rows, results.tried = (
             [row for row in rows if row.status != "failed"] for rows in (results.rows, results.tried)
         )
+        results.tuning = [search for search in results.tuning if not search.failed]
     session = _Session(settings, results, folder, console, checkpoint_every, recorder)
     try:
         try:
@@ -181,6 +183,8 @@ class _Session:
         self._programs.clear()
         rates = {name: self._learning_rate(task, name, evaluate) for name in settings.chosen[task.name]}
         rows = self._results.rows
+        # Runs at a rate that is no longer the best one, once what had failed was tried again.
+        rows[:] = [row for row in rows if row.task != task.name or row.learning_rate == rates[row.optimizer]]
         for devices in settings.devices:
             for name, rate in rates.items():
                 for row in self._train(task, self._spec(task, name, rate, devices), settings.seeds, evaluate, rows):
@@ -290,6 +294,7 @@ class _Session:
             return row, None
         note = f"{task.name} {name}, {count_devices(devices)}: compiling"
         self.progress.update(self._one, completed=0, total=spec.num_steps, note=note)
+        row.devices_left = None if left == devices else left
         spec = dataclasses.replace(spec, num_devices=left)
         program = _attempt(row, lambda: self._program(task, spec, to_run=to_run))
         if program is not None:

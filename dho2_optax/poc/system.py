@@ -12,7 +12,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-__all__ = ["describe", "locked", "missing", "on_sigterm", "one_line", "postponed_signals", "reason", "replace"]
+__all__ = [
+    "describe",
+    "locked",
+    "missing",
+    "no_device",
+    "on_sigterm",
+    "one_line",
+    "postponed_signals",
+    "reason",
+    "replace",
+]
 
 
 def missing(extra: str, *packages: str) -> str | None:
@@ -55,6 +65,12 @@ def describe(error: BaseException) -> str:
         lines = []
     name = type(error).__name__
     return one_line(f"{name}: {lines[0]}" if lines else name)
+
+
+def no_device(error: Exception) -> str:
+    """Say that jax has no device, and why: its message, or else the platform that was asked for."""
+    asked = f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')!r}"
+    return f"no device can be used: {one_line(str(error).strip()) or asked}"
 
 
 def reason(error: Exception) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from dho2_optax.poc import equations, models, system
-from dho2_optax.poc.data import DIGITS, Dataset
+from dho2_optax.poc.data import Dataset
 
 __all__ = ["Task", "TaskError", "check_model", "from_dataset", "from_equation", "from_function", "of_points", "pinn"]
 
@@ -141,7 +141,7 @@ def from_dataset(model_name: str, data: Dataset) -> Task:
         return Task(model_name, init, reconstruction_loss, train, test)
     train = {"images": data.train_images, "labels": data.train_labels}
     test = {"images": data.test_images, "labels": data.test_labels}
-    target = _DIGITS_TARGET if data.name == DIGITS else {}
+    target = _DIGITS_TARGET if data.is_digits else {}
     return Task(model_name, init, classification_loss, train, test, accuracy, **target)
 
 

@@ -1,6 +1,7 @@
 """One run: compile a training step, read its program, run it, time every step."""
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -29,6 +30,7 @@ _MAX_EVALUATION_BATCH = 2000
 _UNOPTIMIZED: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 _LOOKS = 50  # at least, at a hybrid's metrics in a run of so many steps, for what gives cause for concern
 _COUNTERS = ("refreshes", "rejected_refreshes", "matvecs", "eigenvalue_max")
+_OF_GROUP = ("launches", "installed", "rejected", "failures", "stalls", "wait_seconds", "busy_seconds")  # sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +276,7 @@ def train(
     if group is not None:
         group.warm_up(state, params, first)
     batches = _batches(task, spec.batch_size, seed, mesh, skip=len(run.losses))
+    of_group = functools.partial(_group_counters, group, run.counters)
     stopped = False
     seen = _metrics(state, group) if OPTIMIZERS[spec.optimizer].hybrid else None
     try:
@@ -304,12 +307,13 @@ def train(
                     return run
                 stopped, due = processes.any_of(interrupted(), checkpoints is not None and checkpoints.is_due())
                 if checkpoints is not None and (stopped or due):
-                    checkpoints.save(step + 1, {"params": params, "state": state}, dataclasses.asdict(run))
+                    measured = dataclasses.asdict(dataclasses.replace(run, counters=run.counters | of_group()))
+                    checkpoints.save(step + 1, {"params": params, "state": state}, measured)
                 if stopped:
                     break
     finally:
         if group is not None:
-            run.counters |= group.metrics()
+            run.counters |= of_group()
             group.close()
     if stopped:
         raise KeyboardInterrupt
@@ -329,6 +333,12 @@ def _take_up(checkpoints: Checkpoints, params: Any, state: Any, run: Run, num_de
     run = Run(**saved.measured)
     run.taken_up.append([len(run.losses), num_devices])
     return arrays["params"], arrays["state"], run
+
+
+def _group_counters(group: Any, before: dict[str, float]) -> dict[str, float]:
+    """What a group counts, on top of what was counted before a checkpoint from which the run went on."""
+    values = {} if group is None else group.metrics()
+    return {name: value + (before.get(name, 0.0) if name in _OF_GROUP else 0.0) for name, value in values.items()}
 
 
 def _metrics(state: Any, group: Any) -> dict[str, float]:

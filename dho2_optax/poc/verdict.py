@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from dho2_optax.plots import megabytes
 from dho2_optax.poc.optimizers import OPTIMIZERS
-from dho2_optax.poc.results import TIE_SECONDS, TIE_STEPS, Results, Row, within
+from dho2_optax.poc.results import TIE_SECONDS, TIE_STEPS, Results, Row, count_devices, median_to_target, within
 
 __all__ = ["against_bases", "verdicts"]
 
@@ -30,8 +30,9 @@ def verdicts(results: Results) -> list[str]:
     """Say in one line for each task which hybrid is ahead of the best first-order optimizer, and in what.
 
     The best are those that are first at the target in time; where none gets there, those that end lowest. They are
-    compared on the most devices that were trained, in updates, time and memory; the others with their own bases.
-    Memory is saved where the hybrid's state takes less on each of many devices than on few, compiled ones included.
+    compared on the most devices on which both kinds ended well, in updates, time and memory; the others with their own
+    bases. Memory is saved where the hybrid's state takes less on each of many devices than on few, compiled ones
+    included.
     """
     return [_verdict(results, task["name"]) for task in results.tasks]
 
@@ -47,7 +48,7 @@ def against_bases(results: Results) -> list[str]:
 
 def _pairs(results: Results, task: str) -> list[tuple[_Standing, _Standing, float]]:
     """Each hybrid, its base, and the loss at which they are compared."""
-    runs, target = _runs(results, task), results.target(task)
+    (_, runs), target = _runs(results, task), results.target(task)
     pairs = []
     for name in (name for name in runs if OPTIMIZERS[name].hybrid and OPTIMIZERS[name].base in runs):
         base = OPTIMIZERS[name].base
@@ -57,45 +58,56 @@ def _pairs(results: Results, task: str) -> list[tuple[_Standing, _Standing, floa
     return pairs
 
 
-def _runs(results: Results, task: str) -> dict[str, list[Row]]:
-    """The runs of a task that ended well, by optimizer: all seeds did, on the most devices that were trained."""
-    trained = [row for row in results.rows if row.task == task and row.seed is not None and row.trained]
-    devices = max((row.devices for row in trained), default=0)
-    runs: dict[str, list[Row]] = {}
-    for row in trained:
-        if row.devices == devices:
-            runs.setdefault(row.optimizer, []).append(row)
-    return {name: rows for name, rows in runs.items() if all(row.final_loss is not None for row in rows)}
+def _runs(results: Results, task: str) -> tuple[int, dict[str, list[Row]]]:
+    """The runs of a task that ended well, by optimizer: all seeds did; and the number of devices.
+
+    Of all numbers of devices the largest on which a hybrid and a first-order optimizer did, or else on which any did.
+    """
+    begun: dict[int, dict[str, list[Row]]] = {}
+    for row in results.rows:
+        if row.task == task and row.seed is not None and row.status in ("ok", "diverged", "failed"):
+            begun.setdefault(row.devices, {}).setdefault(row.optimizer, []).append(row)
+    well = {
+        devices: {name: rows for name, rows in runs.items() if all(row.final_loss is not None for row in rows)}
+        for devices, runs in begun.items()
+    }
+
+    def kinds(devices: int) -> int:
+        return len({OPTIMIZERS[name].hybrid for name in well[devices]})
+
+    devices = max(well, key=lambda devices: (kinds(devices), devices), default=0)
+    return devices, well.get(devices, {})
 
 
 def _standing(optimizer: str, rows: Sequence[Row], loss: float) -> _Standing:
-    reached = [(steps, seconds) for steps, seconds in (row.reach(loss) for row in rows) if steps and seconds]
-    most = len(reached) > len(rows) / 2
+    steps, seconds = zip(*(row.reach(loss) for row in rows), strict=True)
     return _Standing(
         optimizer=optimizer,
-        steps=statistics.median(steps for steps, _ in reached) if most else None,
-        seconds=statistics.median(seconds for _, seconds in reached) if most else None,
+        steps=median_to_target(steps),
+        seconds=median_to_target(seconds),
         final_loss=statistics.median(row.final_loss or 0.0 for row in rows),
         memory=statistics.median(row.total_bytes or 0 for row in rows),
     )
 
 
 def _verdict(results: Results, task: str) -> str:
-    target, runs = results.target(task), _runs(results, task)
+    target, (devices, runs) = results.target(task), _runs(results, task)
     if target is None or not runs:
         return f"{task}: no run has ended well, so nothing can be said."
+    on_most = devices == max(row.devices for row in results.rows if row.task == task and row.seed is not None)
+    name = task if on_most else f"{task} on {count_devices(devices)}"
     standings = [_standing(name, rows, target.loss) for name, rows in runs.items()]
     hybrids = [s for s in standings if OPTIMIZERS[s.optimizer].hybrid]
     rivals = [s for s in standings if not OPTIMIZERS[s.optimizer].hybrid]
     if not hybrids:
         asked = any(OPTIMIZERS[name].hybrid for name in results.settings["optimizers"])
-        return f"{task}: {'no hybrid has ended well' if asked else 'no hybrid was asked for'}, so there is no verdict."
+        return f"{name}: {'no hybrid has ended well' if asked else 'no hybrid was asked for'}, so there is no verdict."
     if not rivals:
         best = _best(hybrids)
-        return f"{task}: there is no first-order optimizer to compare with; {best.optimizer} {_alone(best)}."
+        return f"{name}: there is no first-order optimizer to compare with; {best.optimizer} {_alone(best)}."
     hybrid, rival = _best(hybrids), _best(rivals)
     compared = f"{hybrid.optimizer} {_comparison(hybrid, rival, target.loss)}{_saved(results, task, hybrid.optimizer)}"
-    text = f"{task}: {_headline(hybrid, rival)}: {compared}."
+    text = f"{name}: {_headline(hybrid, rival)}: {compared}."
     others = [
         f"{ours.optimizer} needs {_share(ours.seconds, base.seconds)} of the time and "
         f"{_share(ours.steps, base.steps)} of the updates of {base.optimizer}"
@@ -108,7 +120,7 @@ def _verdict(results: Results, task: str) -> str:
 def _saved(results: Results, task: str, optimizer: str) -> str:
     """Say how much less memory a state takes on each of more devices."""
     rows = [row for row in results.rows if (row.task, row.optimizer) == (task, optimizer)]
-    sizes = {row.devices: row.optimizer_bytes for row in rows if row.optimizer_bytes}
+    sizes = {row.present_devices: row.optimizer_bytes for row in rows if row.optimizer_bytes}
     if len(sizes) < 2:
         return ""
     few, many = min(sizes), max(sizes)
