@@ -324,7 +324,7 @@ def of_base(base_state: Any) -> Metric:
 def is_default(base_state: Any, like: Vector) -> bool:
     """Whether a base's own metric is used if nothing is said: where it can be read, and costs little.
 
-    The half-powers of a Kronecker-factored one cost more than the rest of an update, and gain nothing
+    The half-powers of a Kronecker-factored one cost more than the rest of an update, and gain on few equations
     (docs/equations.md).
     """
     if of_base(base_state) is KRONECKER:

@@ -224,12 +224,11 @@ def plan(
     :func:`dho2_optax.dho2` on Adam holds at most
 
     .. math::
-        2n + (k + 3) \frac nP + \max\left(3n + (m + 4) \frac nP,\ (m + k + 3) \frac nP\right)
+        2n + (k + 3) \frac nP + 3n + (m + 4) \frac nP
 
-    bytes: parameters, gradient and state, and the temporaries of a product or those of the moment at which new
-    eigenvectors are made. To send it has :math:`3 n (P - 1) / P` a step, two of which average the gradient, and
-    :math:`2 m n (P - 1) / P` a refresh, on TPU half as much again. Work, memory traffic and communication are divided
-    by the speeds of `hardware` and added up.
+    bytes: parameters, gradient and state, and the temporaries of a product. To send it has :math:`3 n (P - 1) / P` a
+    step, two of which average the gradient, and :math:`2 m n (P - 1) / P` a refresh, on TPU half as much again. Work,
+    memory traffic and communication are divided by the speeds of `hardware` and added up.
 
     What is not given is recommended: the largest rank, then the largest part of the batch, with which the form chosen
     takes no more than `budget` of the time at an interval of at most 100; and of such intervals the shortest, from 10.

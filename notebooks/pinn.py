@@ -202,4 +202,5 @@ axes[0].set_ylabel("x")
 plt.show()
 
 # %% [markdown]
-# One seed proves nothing. The README has nine equations with three seeds each, where this wins and where it does not.
+# One seed proves nothing. docs/equations.md and docs/benchmarks.md have nine equations with three seeds each,
+# where this wins and where it does not.
