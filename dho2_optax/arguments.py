@@ -156,6 +156,30 @@ def check_calls(name: str, function: Callable[..., Any] | None, *arguments: str,
         raise ValueError(f"`{name}` is called with ({given}), but takes ({taken}); {remedy}.") from None
 
 
+def check_floating(**values: Any) -> None:
+    """Raises ValueError for a value that is neither None nor a real floating-point dtype."""
+    for name, value in values.items():
+        try:
+            is_floating = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
+        except TypeError:
+            is_floating = False
+        if not is_floating:
+            raise ValueError(f"`{name}` must be None or a real floating-point dtype, got {value!r}.")
+
+
+def check_updates(updates: Any, params: Any) -> None:
+    """Raises ValueError for updates whose leaves are not of the shapes of those of the parameters."""
+    given, wanted = (jax.tree_util.tree_leaves_with_path(tree) for tree in (updates, params))
+    if len(given) != len(wanted):
+        raise ValueError(f"`updates` must be a pytree like `params`, got {len(given)} leaves for {len(wanted)}.")
+    for (path, update), (_, leaf) in zip(given, wanted, strict=True):
+        if jnp.shape(update) != jnp.shape(leaf):
+            raise ValueError(
+                f"`updates` must have the shapes of `params`, got {jnp.shape(update)} for {jnp.shape(leaf)} at "
+                f"{jax.tree_util.keystr(path)}."
+            )
+
+
 def check_params(params: Any) -> None:
     """Raises ValueError for parameters that are not real floating-point numbers."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

@@ -348,7 +348,7 @@ def _findings(
         gap = jnp.maximum(edge - top, 0)
         ratio = width / jnp.where(gap > 0, gap, 1)
         growth = jnp.arccosh(1 + 2 / jnp.where(ratio > 0, ratio, 1))
-        chance = jnp.sqrt(size * ratio) * 2 * jnp.exp(-(last.num_valid - 1) * growth)
+        chance = jnp.sqrt(float(size) * ratio) * 2 * jnp.exp(-(last.num_valid - 1) * growth)
         none_hidden = jnp.where(whole, top <= edge, (gap > 0) & (chance <= _MISSED))
         reach = jnp.max(jnp.where(unsettled, sign * pairs.values + pairs.residuals, -jnp.inf))
         certain = none_hidden & search.is_random | process.exhausted

@@ -135,6 +135,7 @@ def update(
     segments.check_bound(settings.axis_name)
     updates, params, hvp = vectors.as_arrays((updates, params, hvp))
     arguments.check_params(params)
+    arguments.check_updates(updates, params)
     check_state(state, jax.eval_shape(functools.partial(init, settings), params))
     value_fn = obj_fn if value_fn is None else value_fn
     if value_fn is not None:

@@ -114,8 +114,10 @@ class Factors(NamedTuple):
         """Whole factors in the form in which they are kept."""
         if not self.metric(metric).elementwise:
             return self
-        # The padding must not be divided by.
-        return self._replace(values=jax.tree.map(lambda x: jnp.where(x == 0, 1, x), layout.split(self.values)))
+        # The padding must not be divided by. A factor may be zero itself, where the base does not step any more.
+        is_number = layout.split(jax.tree.map(jnp.ones_like, self.values))
+        values = jax.tree.map(lambda x, at: jnp.where(at == 0, 1, x), layout.split(self.values), is_number)
+        return self._replace(values=values)
 
 
 def _kind(metric: Metric) -> type[Diagonal | Kronecker | Custom]:

@@ -81,6 +81,7 @@ class Eigensolver(_Options):
         eigensolver.check_search(self.num_smallest, self.order, self.select)
         arguments.check_numbers("non-negative", tolerance=self.tolerance)
         arguments.check_numbers("non-negative", infinite=True, optional=True, max_residual=self.max_residual)
+        arguments.check_floating(basis_dtype=self.basis_dtype)
         arguments.check_functions(optional=True, rayleigh=self.rayleigh)
         arguments.check_flags(anchored=self.anchored)
 

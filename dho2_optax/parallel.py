@@ -7,7 +7,7 @@ import jax
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dho2_optax.arguments import check_params
+from dho2_optax.arguments import check_params, check_updates
 from dho2_optax.state import check_state
 from dho2_optax.vectors import as_arrays
 
@@ -119,6 +119,7 @@ def over_mesh(
             raise ValueError("`update` needs `params`, got None.")
         updates, params = as_arrays((updates, params))
         check_params(params)
+        check_updates(updates, params)
         check_whole(params=params, updates=updates, hvp=extra.get("hvp"))
         specs = state_specs(local.init, params, axis_name)
         check_state(state, jax.eval_shape(over_axis(local.init, mesh, axis_name, replicated, specs), params))

@@ -245,9 +245,10 @@ def synchronous(solver: Solver, refresh_interval: ArrayLike, warmup_steps: Array
 
     def advance(state: DHO2State, source: Source) -> DHO2State:
         start = jnp.asarray(warmup_steps, jnp.int32) - 1
-        due = counters.is_due(state.clock, start, refresh_interval) & source.allowed
-        state = jax.lax.cond(due, lambda s: attempt(s, source), lambda s: s, state)
-        return state._replace(clock=counters.tick(state.clock, start, refresh_interval))
+        due = counters.is_due(state.clock, start, refresh_interval)
+        state = jax.lax.cond(due & source.allowed, lambda s: attempt(s, source), lambda s: s, state)
+        waits = due & ~jnp.asarray(source.allowed, bool)
+        return state._replace(clock=jnp.where(waits, state.clock, counters.tick(state.clock, start, refresh_interval)))
 
     return Refresh(init=lambda params, layout, factors: None, advance=advance)
 

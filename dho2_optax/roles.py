@@ -300,7 +300,7 @@ class CurvatureGroup:
         self._interval = int(interval)
         self._deterministic = deterministic
         self._timeout = timeout
-        # Compiled: (params, batch, old spectrum, its factors, new ones, count) -> `_Found`; by structure of factors.
+        # Lowered or compiled, by kind: (params, batch, old spectrum, its factors, new ones, count) -> `_Found`.
         self._solve: dict[Any, Any] = {}
         self._read: Any = None  # compiled: (state, params) -> see `_Factors`
         self._convert: Any = None  # compiled: eigenvectors in segments of the group -> in the optimizer's shapes
@@ -331,6 +331,7 @@ class CurvatureGroup:
         if kind is None:
             return self.close()
         self._log.end(0.0)
+        self._forget()
         self._log.flight = self._log.stalled = None
         return _unreported.discard(self._log)
 
@@ -365,12 +366,12 @@ class CurvatureGroup:
 
         A metric adds its factors, old and new, as they are on every device.
         """
-        return programs.memory(self._compile(params, batch, None))
+        return programs.memory(self._compiled(self._lowered(params, batch, None)))
 
     def warm_up(self, state: Any, params: Any, batch: Any) -> None:
         """Compiles everything ahead of its use, for arguments like those of :meth:`advance`; changes nothing."""
         factors = self._read_factors(state, params)
-        self._compile(params, batch, factors[1])
+        self._compiled(self._lowered(params, batch, factors[1]))
         self._install(state, params, self._empty(self._snapshot(params)), factors[0], 0, 0)
 
     def advance(self, state: Any, params: Any, batch: Any) -> Any:
@@ -378,7 +379,7 @@ class CurvatureGroup:
 
         Args:
           state: of an optimizer that contains one ``dho2(..., refresh_interval=None)``.
-          params: the parameters after the update.
+          params: the parameters after the update, those that the optimizer sees: behind ``optax.masked`` its part.
           batch: what `loss_fn` is called with; its leading axes are split over the group.
 
         Returns:
@@ -386,6 +387,7 @@ class CurvatureGroup:
         """
         if self._count is None:
             ours, first = find_state(state), 0
+            _check_visible(ours, params)
             if ours.factors is not None:
                 first = metric_lib.MATURE_AFTER
                 # What is wrong is said at once, and not when the metric means something.
@@ -411,7 +413,12 @@ class CurvatureGroup:
           Exception: that of `loss_fn` or `curvature`, if the process in flight ended with it.
         """
         self._log.end(self._timeout)
+        self._forget()
         self._log.report()
+
+    def _forget(self) -> None:
+        """Lets go of this training: the next may be another one, and takes over what is compiled and nothing else."""
+        self._count = self._spectrum = self._factors = None
 
     def _collect(self, state: Any, params: Any) -> Any:
         """Installs the spectrum of the process in flight if it is due and there."""
@@ -456,9 +463,14 @@ class CurvatureGroup:
         except jax.errors.JaxRuntimeError as error:
             self._log.failed(error)
             return
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch, factors[1]))
+        try:
+            # Traced here: what says how, as ``jax.default_matmul_precision`` does, is of this thread.
+            kind = self._lowered(params, batch, factors[1])
+        except Exception:
+            self._log.has_raised = True
+            raise
         arguments = (params, batch, self._spectrum, self._factors, factors[1], number)
-        self._log.flight = _Flight(count, factors, bounds, lambda: self._compile(*abstract), arguments)
+        self._log.flight = _Flight(count, factors, bounds, lambda: self._compiled(kind), arguments)
         self._log.events["launches"] += 1
 
     def _read_factors(self, state: Any, params: Any) -> _Factors:
@@ -511,7 +523,13 @@ class CurvatureGroup:
 
     def _place(self, batch: Any) -> Any:
         specs = batch_specs(batch, self._mesh, self._axis_name)
-        return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(self._mesh, spec)), batch, specs)
+
+        def copy(x: Any, spec: PartitionSpec) -> jax.Array:
+            # On CPU a device reads an array of NumPy where it is, and a loader may write the next batch there.
+            x = x.copy() if isinstance(x, np.ndarray) else x
+            return jax.device_put(x, NamedSharding(self._mesh, spec), may_alias=False)
+
+        return jax.tree.map(copy, batch, specs)
 
     def _shard_map(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
         return jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -530,11 +548,23 @@ class CurvatureGroup:
 
         return jax.jit(self._shard_map(empty, PartitionSpec(), self._spectrum_specs()))(params)
 
-    def _compile(self, params: Any, batch: Any, factors: Factors | None) -> Any:
-        """The Lanczos process on the group, compiled once for parameters, batch and factors of one shape."""
-        kind = jax.tree.structure(factors)
+    def _compiled(self, kind: Any) -> Any:
+        """The Lanczos process on the group for what :meth:`_lowered` has seen; compiled once."""
+        if isinstance(self._solve[kind], jax.stages.Lowered):
+            self._solve[kind] = self._solve[kind].compile()
+        return self._solve[kind]
+
+    def _lowered(self, params: Any, batch: Any, factors: Factors | None) -> Any:
+        """Lowers the Lanczos process, once for arguments of one kind, of the same structure, shapes and dtypes.
+
+        Returns:
+          The kind.
+        """
+        params, batch, factors = jax.eval_shape(lambda *x: x, params, batch, factors)
+        leaves, treedef = jax.tree.flatten((params, batch, factors))
+        kind = treedef, tuple((x.shape, x.dtype) for x in leaves)
         if kind in self._solve:
-            return self._solve[kind]
+            return kind
         solver, operator, axis_name, metric = self._solver, self._operator, self._axis_name, self._metric
 
         def on_segments(factors: Factors | None, layout: Layout) -> Geometry:
@@ -557,9 +587,7 @@ class CurvatureGroup:
 
         def abstract(tree: Any, specs: Any) -> Any:
             return jax.tree.map(
-                lambda x, spec: jax.ShapeDtypeStruct(
-                    np.shape(x), jax.dtypes.canonicalize_dtype(x.dtype), sharding=NamedSharding(self._mesh, spec)
-                ),
+                lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self._mesh, spec)),
                 tree,
                 specs,
             )
@@ -573,9 +601,9 @@ class CurvatureGroup:
             abstract(old, spectrum),
             abstract(factors, all_factors),
             abstract(factors, all_factors),
-            abstract(np.int32(0), whole),
-        ).compile()
-        return self._solve[kind]
+            abstract(jax.ShapeDtypeStruct((), np.int32), whole),
+        )
+        return kind
 
     def _install(
         self, state: Any, params: Any, found: Spectrum, factors: Factors | None, launched_at: int, matvecs: int
@@ -653,6 +681,17 @@ class CurvatureGroup:
                 out_shardings=NamedSharding(self._mesh, PartitionSpec()),
             )
         return self._convert(found)
+
+
+def _check_visible(state: DHO2State, params: Any) -> None:
+    """Raises ValueError for parameters that are not those for which the state was made."""
+    rows = state.spectrum.eigenvectors
+    packed = jax.eval_shape(of_stack(rows, params).pack, jax.tree.map(jnp.asarray, params))
+    if [x.shape for x in packed] != [x.shape[1:] for x in rows]:
+        raise ValueError(
+            "`params` must be those that the optimizer sees, got others; behind optax.masked or optax.partition give "
+            "the group these alone, and a `loss_fn` that fills in the rest."
+        )
 
 
 def _names(dtypes: set[Any]) -> str:

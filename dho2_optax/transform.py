@@ -378,12 +378,14 @@ class MultiSteps(optax.MultiSteps):
         super().__init__(opt, every_k_schedule, **kwargs)
         self._mini_steps = every_k_schedule
 
-    def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        """As ``optax.MultiSteps.update``."""
+    def update(
+        self, updates: Any, state: Any, params: Any = None, *, allow_refresh: ArrayLike = True, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        """As ``optax.MultiSteps.update``; `allow_refresh` as :func:`dho2` takes it."""
         every_k = self._mini_steps
         num_mini_steps = every_k(state.gradient_step) if callable(every_k) else every_k
         is_last = state.mini_step == num_mini_steps - 1
-        return super().update(updates, state, params, allow_refresh=is_last, **extra_args)
+        return super().update(updates, state, params, allow_refresh=is_last & allow_refresh, **extra_args)
 
     def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
         """This, as a transformation that ``optax.chain`` hands keyword arguments to; optax's own drops them there."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -23,8 +24,14 @@ Stack = Any  # the same pytree, one more leading axis on every leaf
 
 
 def as_arrays(tree: Any) -> Any:
-    """`tree` with arrays in place of Python numbers, which optax takes for parameters too; the rest stays."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)) if isinstance(x, int | float) else x, tree)
+    """`tree` with arrays in place of numbers of Python and arrays of NumPy, which optax takes too; the rest stays."""
+
+    def as_array(x: Any) -> Any:
+        if isinstance(x, int | float):
+            return jnp.asarray(x, jnp.result_type(x))
+        return jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x
+
+    return jax.tree.map(as_array, tree)
 
 
 def unwrapped(tree: Any) -> Any:

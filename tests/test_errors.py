@@ -1,6 +1,7 @@
 """Errors of usage: each is a line that names the argument and says what to do."""
 
 import functools
+import re
 
 import flax.training.train_state
 import jax
@@ -41,7 +42,42 @@ def _refused(message, function, *args, **kwargs):
     assert "\n" not in str(caught.value)
 
 
-# Parameters.
+# Parameters and updates.
+
+
+@pytest.mark.parametrize("constructor", [dho2.dho2, dho2.mr_dho2])
+@pytest.mark.parametrize("mesh", [None, 2])
+def test_updates_that_are_not_like_the_parameters(constructor, mesh):
+    options = {} if mesh is None else {"mesh": jax.make_mesh((mesh,), (AXIS,)), "axis_name": AXIS}
+    tx = constructor(optax.sgd(0.1), _loss, **grouped(rank=2, order=4, **options))
+    state = jax.eval_shape(tx.init, _PARAMS)
+
+    def update(grads):
+        return jax.eval_shape(lambda s: tx.update(grads, s, _PARAMS, batch=_BATCH), state)
+
+    for shape in ((2,), (), (4, 1)):
+        said = rf"`updates` must have the shapes of `params`, got {re.escape(str(shape))} for \(4,\) at \['b'\]\."
+        _refused(said, update, {**_PARAMS, "b": jnp.ones(shape)})
+    transposed = {**_PARAMS, "w": _PARAMS["w"].T}
+    _refused(r"`updates` must have the shapes of `params`, got \(4, 2\) for \(2, 4\) at \['w'\]", update, transposed)
+    for grads in ({"w": _PARAMS["w"], "b": None}, {**_PARAMS, "more": jnp.ones(1)}):
+        _refused(r"`updates` must be a pytree like `params`, got [13] leaves for 2\.", update, grads)
+
+
+def test_arrays_of_numpy_are_parameters_whatever_their_dtypes():
+    tx = _optimizer()
+    params = {"w": np.full((2, 4), 0.5), "b": np.ones(4, np.float32), "one": np.float64(2.0)}
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state, params, batch=_BATCH)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float32)}
+    assert dho2.metrics(state)["refreshes"] == 2
+
+
+@pytest.mark.parametrize("dtype", ["int32", "complex64", "float33", 3])
+def test_a_dtype_that_vectors_cannot_be_stored_in(dtype):
+    said = "`basis_dtype` must be None or a real floating-point dtype, got "
+    _refused(said, dho2.Eigensolver, basis_dtype=dtype)
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,23 @@ def test_a_leaf_without_any_gradient_so_far_has_the_identity_and_what_has_overfl
     np.testing.assert_allclose(back["w"], [2**0.5, 0], rtol=1e-6)
 
 
+def test_the_parts_of_whole_factors_are_zero_where_these_are_and_one_in_the_padding():
+    values = {"w": jnp.asarray([0.5, 0.0, 2.0])}
+    factors = metric_lib.Factors(values, metric_lib.Diagonal(), metric_lib.OnWholeLeaves())
+    mesh = helpers.make_mesh(2)
+    run = jax.shard_map(
+        lambda factors: factors.split(Layout(values, AXIS)).values[0].reshape(-1),
+        mesh=mesh,
+        in_specs=P(),
+        out_specs=P(AXIS),
+    )
+    parts = np.asarray(run(factors))
+    assert sorted(parts)[:3] == [0, 0.5, 1]
+    assert sorted(parts)[-1] == 2
+    assert parts.size > 3
+    assert set(parts) == {0, 0.5, 1, 2}
+
+
 def test_a_weight_that_has_had_no_gradient_does_not_fill_the_subspace():
     """Curvature sees a unit on a sample that no gradient was taken of: P is 1e8 there."""
     scales = jnp.asarray([5.0, 4.0, 3.0, 2.0, 1.0, 1e-4])

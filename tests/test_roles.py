@@ -592,18 +592,80 @@ def test_an_error_in_the_users_function_is_raised():
     def product(params, vector, batch):
         raise TypeError("no such argument")
 
-    run = _Quadratic(product, deterministic=True)
-    for _ in range(4):
-        run.step()
+    run = _Quadratic(product)
     with pytest.raises(TypeError, match="no such argument"):
         run.step()
+    run.group.close()  # nothing is left to be said
+
+
+def test_a_batch_of_another_shape_is_another_program():
+    def product(params, vector, batch):
+        return jax.tree.map(lambda v: jnp.mean(batch) * v, vector)
+
+    run = _Quadratic(product, deterministic=True)
+    for step in range(9):
+        run.state = run.group.advance(run.state, run.params, np.ones((1 if step < 4 else 2, 3), np.float32))
+    assert run.metrics["installed"] == 2
+    assert run.metrics["failures"] == 0
+    sizes = [run.group.memory(run.params, np.ones((rows, 1000), np.float32)).argument for rows in (1, 100)]
+    assert sizes[1] - sizes[0] == 4 * 99_000
+
+
+def test_a_batch_may_hold_a_random_key_and_a_number():
+    def product(params, vector, batch):
+        noise = jax.random.normal(batch["key"], ())
+        return jax.tree.map(lambda v: batch["scale"] * jnp.mean(batch["x"]) * v + 0 * noise, vector)
+
+    run = _Quadratic(product, deterministic=True)
+    batch = {"x": np.ones(1, np.float32), "key": jax.random.key(0), "scale": 0.5}
+    assert run.group.memory(run.params, batch).total > 0
+    run.group.warm_up(run.state, run.params, batch)
+    for _ in range(5):
+        run.state = run.group.advance(run.state, run.params, batch)
+    assert float(dho2.metrics(run.state)["eigenvalue_max"]) == pytest.approx(0.5)
+
+
+def test_a_batch_is_copied_before_the_next_is_written_in_its_place():
+    run = _Quadratic()
+    memory = np.zeros(64 + 256, np.uint8)
+    start = -memory.ctypes.data % 64  # so aligned, a device of the CPU would read it where it is
+    batch = memory[start : start + 256].view(np.float32)
+    batch[:] = 1
+    placed = run.group._place(batch)
+    batch[:] = 7
+    np.testing.assert_array_equal(placed, np.ones(64, np.float32))
+
+
+def test_products_are_traced_as_the_caller_says():
+    seen = []
+
+    def product(params, vector, batch):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return vector
+
+    run = _Quadratic(product)
+    with jax.default_matmul_precision("highest"):
+        run.step_until("installed", 1)
+    assert set(seen) == {"highest"}
+    run.group.close()
+
+
+def test_parameters_of_which_the_optimizer_sees_a_part_are_refused():
+    tx = optax.masked(dho2.dho2(optax.sgd(0.1), rank=1, refresh_interval=None), {"a": True, "b": False})
+    params = {"a": jnp.ones(3), "b": jnp.ones(4)}
+    group = dho2.CurvatureGroup(curvature=_product, devices=jax.devices()[:1], rank=1)
+    with pytest.raises(ValueError, match=r"`params` must be those that the optimizer sees.*optax\.masked"):
+        group.advance(tx.init(params), params, np.ones(1, np.float32))
 
 
 # The end of a group.
 
 
-def _broken(params, vector, batch):
-    raise TypeError("no such argument")
+def _breaks_in_its_thread(run, monkeypatch):
+    def compile_program(kind):
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr(run.group, "_compiled", compile_program)
 
 
 def test_a_group_joins_its_thread_at_the_end_of_a_with_statement():
@@ -659,18 +721,25 @@ def test_a_group_can_be_used_after_its_end():
     run.group.close()
     run.step_until("installed", 2)
     run.group.close()
+    # Another training: counts from its own first update, and begins with no spectrum of before.
+    run.params = jax.tree.map(jnp.ones_like, _LIKE)
+    run.state = run.tx.init(run.params)
+    run.step_until("installed", run.metrics["installed"] + 1)
+    assert run.metrics["age"] == run.metrics["staleness"] == 4
 
 
-def test_the_end_raises_an_error_in_the_users_function():
-    run = _Quadratic(_broken)
+def test_the_end_raises_an_error_of_the_thread(monkeypatch):
+    run = _Quadratic()
+    _breaks_in_its_thread(run, monkeypatch)
     run.step()
     with pytest.raises(TypeError, match="no such argument"), run.group:
         pass
     run.group.close()
 
 
-def test_an_error_in_a_with_statement_is_not_hidden():
-    run = _Quadratic(_broken)
+def test_an_error_in_a_with_statement_is_not_hidden(monkeypatch):
+    run = _Quadratic()
+    _breaks_in_its_thread(run, monkeypatch)
 
     def train():
         with run.group:
@@ -730,18 +799,18 @@ def late():  # the thread begins to compile when the program is ending
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "message", "code"),
     [
-        ("main(quick, 60.0)", "installed no spectrum.*stalls 0"),
-        ("main(slow, 0.1)", "installed no spectrum.*stalls 1"),
-        ("main(broken, 60.0)", "TypeError: no such argument"),
-        ("late()", "installed no spectrum.*stalls 0"),
+        ("main(quick, 60.0)", "installed no spectrum.*stalls 0", 0),
+        ("main(slow, 0.1)", "installed no spectrum.*stalls 1", 0),
+        ("main(broken, 60.0)", "TypeError: no such argument", 1),
+        ("late()", "installed no spectrum.*stalls 0", 0),
     ],
 )
-def test_a_program_with_a_group_that_nobody_closes_ends_well(call, message):
+def test_a_program_with_a_group_that_nobody_closes_ends_well(call, message, code):
     program = [sys.executable, "-c", _PROGRAM + call]
     done = subprocess.run(program, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     assert re.search(message, done.stderr), done.stderr
     assert done.stderr.count("Warning") + done.stderr.count("Error") == 1, done.stderr
     assert "FATAL" not in done.stderr

@@ -471,7 +471,7 @@ def test_a_refresh_waits_until_it_is_allowed():
 
     flags = np.where(allowed, 1, -1)[:, None] * np.ones((_NUM_STEPS, _N), np.float32)
     trace = _compiled(_optimizer(), problem._replace(offset=np.float32(flags)), extra_args=extra_args)
-    due = [_is_due(t, 2, 3) and allowed[t] for t in range(_NUM_STEPS)]
+    due = [_is_due(t - 1, 2, 3) for t in range(_NUM_STEPS)]  # and all that follow are as much later
     np.testing.assert_array_equal(trace.metrics["refreshes"], np.cumsum(due))
 
 
@@ -861,6 +861,17 @@ def test_multi_steps_in_a_chain_hands_arguments_on():
     tx = optax.chain(optax.clip(1.0), inner)
     updates, _, _ = _traced_update(tx, START, batch=np.zeros((_N, _N), np.float32))
     assert _dtypes(updates) == _dtypes(START)
+
+
+def test_multi_steps_may_be_told_to_wait_with_a_refresh():
+    tx = dho2.MultiSteps(_optimizer(warmup_steps=1, refresh_interval=100), every_k_schedule=2)
+    problem = moving_quadratic().steps(0)
+    update, state = jax.jit(tx.update), tx.init(START)
+    refreshes = []
+    for allowed in (True, False, False, True, True, True):
+        _, state = update(START, state, START, batch=problem.curvature, allow_refresh=allowed)
+        refreshes.append(int(dho2.metrics(state)["refreshes"]))
+    assert refreshes == [0, 0, 0, 1, 1, 1]
 
 
 def test_multi_steps_with_a_schedule_and_skipped_mini_steps():
