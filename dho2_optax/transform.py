@@ -108,7 +108,9 @@ def dho2(
         AdamW, NAdam, AMSGrad, AdaBelief, RMSprop, Adagrad, :func:`dho2_optax.soap` and :func:`dho2_optax.shampoo`, in
         chains and with masks. A :class:`dho2_optax.Metric` serves other bases; whoever has only the state, a
         :class:`CurvatureGroup` say, must be given it too. None: those of :math:`H`. ``"auto"``: the base's if it is
-        known and diagonal, else None: the half-powers of `soap`'s and `shampoo`'s cost more than they gain.
+        known and diagonal, else None: the half-powers of `soap`'s and `shampoo`'s cost more than they gain. AdaMax and
+        ADOPT keep other numbers in a state of Adam's type and are taken for it: give AdaMax ``metric=None``; ADOPT,
+        whose momentum is not of gradients, is no base for this.
       eigensolver: how eigenpairs are found, and which are used; an :class:`Eigensolver`.
       newton: the step in the subspace; a :class:`Newton`.
       base_scale: by how much further the base steps; a :class:`BaseScale`.
