@@ -54,6 +54,16 @@ def test_smoothing_is_a_trailing_mean():
         assert smooth[i] == pytest.approx(losses[i - 4 : i + 1].mean())
 
 
+def test_a_loss_that_is_far_off_spoils_no_other_window():
+    for spike in (1e18, math.inf, math.nan):
+        losses = [0.01] * 100
+        losses[20] = spike
+        smooth = plots.smoothed(losses)
+        np.testing.assert_allclose(np.delete(smooth, range(20, 25))[4:], 0.01, rtol=1e-12)
+        np.testing.assert_allclose(smooth[20:25], spike / 5)
+    assert plots.smoothed([]).shape == (0,)
+
+
 def test_the_target_is_the_best_baseline_and_counts_steps_and_seconds():
     found = _results(
         _row("sgd", _decay(0.1)),
@@ -69,6 +79,13 @@ def test_the_target_is_the_best_baseline_and_counts_steps_and_seconds():
     assert adam.steps_to_target == 20
     assert hybrid.steps_to_target == 11  # exp(-0.4 * 10) is the first below
     assert hybrid.seconds_to_target == pytest.approx(10 * 0.1 + 0.5)
+
+
+def test_a_baseline_that_ends_at_nothing_is_the_best():
+    found = _results(_row("sgd", _decay(0.1)), _row("adam", [1.0] * 19 + [0.0]))
+    found.aim(None)
+    assert found.targets[0].loss == 0.0
+    assert "adam" in found.targets[0].origin
 
 
 def test_a_given_target_is_used():
@@ -188,6 +205,17 @@ def test_seeds_are_combined_by_their_median_and_failures_are_counted():
     assert summary.status == "diverged in 1 of 4"
 
 
+def test_a_seed_that_never_gets_there_counts_in_the_median_to_the_target():
+    def reaching(optimizer, *counts):
+        return [_row(optimizer, [1.0] * (n - 1) + [0.1] * (21 - n), seed=i) for i, n in enumerate(counts)]
+
+    rows = reaching("adam", *[20] * 5) + reaching("dho2", 6, 7, 20, 21, 21)
+    line, _ = _verdict(*rows, target=0.5, target_reason="enough")
+    assert line.startswith("mlp: a tie: dho2 against adam needs 2.00 s instead of 2.00 s and 20 updates instead of 20")
+    summary = results.summarize(rows)[1]
+    assert (summary.reached, summary["steps_to_target"], summary["seconds_to_target"]) == (3, 20, pytest.approx(2.0))
+
+
 def test_findings_name_wins_and_losses():
     found = _results(
         _row("sgd", _decay(0.2), test_accuracy=0.95),
@@ -208,6 +236,12 @@ def test_a_small_test_set_cannot_tell_accuracies_apart():
     said = results.findings(found)
     assert not any("accuracy" in text for text in said["wins"])
     assert any("no difference that 100 samples" in text for text in said["does_not_win"])
+
+
+def test_a_baseline_that_diverged_has_no_accuracy_to_compare_with():
+    found = _results(_row("adam", [1.0, math.inf], status="diverged"), _row("dho2", _decay(0.2), test_accuracy=0.9))
+    found.aim(None)
+    assert not any("accuracy" in text for texts in results.findings(found).values() for text in texts)
 
 
 def test_findings_say_when_a_hybrid_never_gets_there():
@@ -237,6 +271,18 @@ def test_results_are_json_even_when_a_loss_is_not_a_number(tmp_path):
     loaded = json.loads(path.read_text())
     assert loaded["rows"][0]["losses"] == [1.0, None, None]
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_numbers_that_are_not_finite_are_read_again_and_reported(tmp_path):
+    counters = {"refreshes": 3.0, "eigenvalue_max": math.nan}
+    found = _results(_row("dho2", [1.0, 2.0, math.inf], status="diverged", counters=counters), _row("sgd", _decay(0.1)))
+    found.tried = [_row("sgd", [math.inf], status="diverged")]
+    found.save(tmp_path / "results.json")
+    found = Results.load(tmp_path / "results.json")
+    np.testing.assert_array_equal(found.rows[0].losses, [1.0, 2.0, math.nan])
+    np.testing.assert_array_equal(found.tried[0].losses, [math.nan])
+    assert found.rows[0].counters == {"refreshes": 3.0, "eigenvalue_max": pytest.approx(math.nan, nan_ok=True)}
+    assert "diverged" in report.write_html(found, tmp_path).read_text()
 
 
 def test_the_report_marks_what_went_wrong_and_escapes_it(tmp_path):
@@ -478,6 +524,19 @@ def test_a_verdict_needs_a_hybrid_and_a_baseline_that_ended_well():
     assert _verdict(_row("adam", _decay(0.2)))[0] == "mlp: no hybrid was asked for, so there is no verdict."
     assert "no first-order optimizer to compare with; dho2 is there after" in _verdict(_row("dho2", _decay(0.2)))[0]
     assert _verdict(failed)[0] == "mlp: no run has ended well, so nothing can be said."
+
+
+def test_an_optimizer_of_which_a_seed_failed_has_not_ended_well():
+    rows = [_row(name, _decay(rate), seed=i) for name, rate in (("adam", 0.2), ("dho2", 0.4)) for i in range(2)]
+    rows += [_row("adam", _decay(0.2), seed=2), Row("mlp", "dho2", 8, 2, 0.1, "failed", message="E")]
+    assert _verdict(*rows)[0] == "mlp: no hybrid has ended well, so there is no verdict."
+
+
+def test_the_verdict_is_of_the_most_devices_on_which_both_kinds_ended_well():
+    rows = [_row("adam", _decay(0.2), devices=1), _row("dho2", _decay(0.4), devices=1), _row("adam", _decay(0.2))]
+    line, pairs = _verdict(*rows, Row("mlp", "dho2", 8, 0, 0.1, "failed", message="E"))
+    assert line.startswith("mlp on 1 device: the hybrid wins in time and updates: dho2 against adam needs")
+    assert len(pairs) == 1
 
 
 def test_verdicts_open_the_page_and_close_the_terminal(tmp_path):
