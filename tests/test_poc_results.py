@@ -263,6 +263,31 @@ def test_findings_compare_memory_between_device_counts():
     assert "8 kB on 1 device and 1 kB on each of 8: 8.00 times less (the ideal is 8)" in text
 
 
+def test_memory_is_that_of_the_devices_that_there_were():
+    def sized(devices, left, size):
+        sizes = {"base_state_bytes": 0, "curvature_state_bytes": size}
+        return Row("mlp", "dho2", devices, None, 0.1, "compiled", devices_left=left, **sizes)
+
+    [text] = results.findings(_results(sized(1, None, 8000), sized(8, 2, 4000)))["memory"]
+    assert "8 kB on 1 device and 4 kB on each of 2: 2.00 times less (the ideal is 2)" in text
+    assert not results.findings(_results(sized(2, None, 4000), sized(8, 2, 4000)))["memory"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("cpu", "another"), ("cores", 4), ("device_count", 1)])
+def test_results_that_go_on_elsewhere_keep_the_machine_that_they_come_from(tmp_path, name, value):
+    found = _results(_row("adam", _decay(0.2)))
+    begun = found.machine
+    found.move_to(begun | {"date": "tomorrow"})
+    assert (found.machine["date"], found.earlier_machines) == ("tomorrow", [])
+    found.machine = begun
+    found.move_to(begun | {name: value})
+    assert (found.machine[name], found.earlier_machines) == (value, [begun])
+    found.save(tmp_path / "results.json")
+    reading = dict(report._said(Results.load(tmp_path / "results.json")))["How to read this"]
+    said = "begun at today on a cpu, 2 cores, 8 devices of the kind cpu: their seconds are of there."
+    assert any(said in text for text in reading)
+
+
 def test_results_are_json_even_when_a_loss_is_not_a_number(tmp_path):
     found = _results(_row("sgd", [1.0, math.inf, math.nan], status="diverged"))
     path = tmp_path / "results.json"
