@@ -528,8 +528,9 @@ def _join(options: argparse.Namespace, most: int = _DEFAULT_VIRTUAL_DEVICES) -> 
 
 def _start_devices(wanted: int) -> int:
     """Make enough virtual CPU devices, unless there are accelerators; return the device count."""
-    if wanted > _MAX_VIRTUAL_DEVICES and jax.default_backend() == "cpu":
-        raise _UsageError(f"--devices {wanted}: at most {_MAX_VIRTUAL_DEVICES} virtual CPU devices")
+    with _no_device_is_one_line():
+        if wanted > _MAX_VIRTUAL_DEVICES and jax.default_backend() == "cpu":
+            raise _UsageError(f"--devices {wanted}: at most {_MAX_VIRTUAL_DEVICES} virtual CPU devices")
     # With fewer threads than this, programs with collectives can wait for each other for ever.
     os.environ.setdefault("PJRT_NPROC", str(max(32, 2 * wanted)))
     chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
@@ -537,8 +538,14 @@ def _start_devices(wanted: int) -> int:
         # If the backend has started, its devices are what there is.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", wanted)
-    try:
+    with _no_device_is_one_line():
         return jax.device_count()
+
+
+@contextlib.contextmanager
+def _no_device_is_one_line() -> Iterator[None]:
+    try:
+        yield
     except (AssertionError, RuntimeError) as error:  # jax asserts that a platform that is asked for is there
         raise _UsageError(system.no_device(error)) from error
 

@@ -327,6 +327,8 @@ def test_the_help_names_every_optimizer_and_the_defaults(capsys, monkeypatch):
         (["--params", "5", "--measure", "--devices", "65"], "at most 64 virtual CPU devices"),
         (["--params", "5", "--measure", "--devices", "2", "--batch-size", "3"], "multiple of the 2 devices, got 3"),
         (["--params", "5", "--hardware", "h100", "--sample-bytes", "-1"], "`sample_bytes` must be non-negative"),
+        (["--params", "1e6", "--hardware", "h100", "--rank", "9" * 400], "OverflowError: int"),
+        (["--params", "1e6", "--hardware", "h100", "--batch-size", "9" * 400], "OverflowError: int"),
     ],
 )
 def test_bad_arguments_of_a_plan_are_one_line_and_exit_code_2(capsys, arguments, complaint):
@@ -748,6 +750,16 @@ def _environment():
     """An environment in which the command chooses its devices itself."""
     hidden = ("JAX_NUM_CPU_DEVICES", "PJRT_NPROC")
     return {key: value for key, value in os.environ.items() if key not in hidden}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is not None, reason="there may be such a device")
+@pytest.mark.parametrize("arguments", [["plan", "--params", "5"], ["poc", "--devices", "65"]])
+def test_a_platform_that_is_not_there_is_one_line(tmp_path, arguments):
+    environment = _environment() | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    command = [sys.executable, "-m", "dho2_optax", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    said = "dho2-optax: error: no device can be used: JAX_PLATFORMS is 'cuda'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 def test_a_disk_that_fills_up_while_updates_are_recorded_is_one_line(task_module, tmp_path):

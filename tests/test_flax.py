@@ -97,6 +97,15 @@ def test_what_the_optimizer_needs_gets_to_it(tx, arguments):
     assert state.tx is tx
 
 
+def test_what_accumulates_gradients_is_told_too_and_refreshes():
+    state = _state(dho2.MultiSteps(dho2.dho2(optax.sgd(0.1), _loss, **_REFRESHED), every_k_schedule=2))
+    step = jax.jit(lambda state: state.apply_gradients(grads=jax.grad(_value)(state.params), batch=_BATCH))
+    for _ in range(4):
+        state = step(state)
+    assert dho2.metrics(state.opt_state)["refreshes"] > 0
+    assert _value(state.params) < _value(_PARAMS)
+
+
 def test_fields_are_replaced_and_nothing_else_is_kept_from_the_optimizer():
     seen: list[dict[str, Any]] = []
     state = _state(_spy(seen), _WithStatistics, statistics=jnp.zeros(2))

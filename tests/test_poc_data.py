@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dho2_optax.poc import data
+from dho2_optax.poc import data, tasks
 
 NAMES = {
     "train_images": "train-images-idx3-ubyte",
@@ -76,6 +76,16 @@ def test_idx_files_are_read_as_written(tmp_path, arrays, zipped):
     assert loaded.num_classes == 3
     np.testing.assert_allclose(loaded.train_images[..., 0] * 255, arrays["train_images"], atol=1e-4)
     np.testing.assert_array_equal(loaded.test_labels, arrays["test_labels"])
+
+
+def test_a_folder_that_is_called_digits_does_not_hold_the_digits(tmp_path, arrays):
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    _write(folder, arrays, zipped=False)
+    found, digits = data.load(str(folder)), data.load("digits")
+    assert (found.name, found.is_digits, digits.is_digits) == ("digits", False, True)
+    assert tasks.from_dataset("mlp", found).target is None
+    assert tasks.from_dataset("mlp", digits).target is not None
 
 
 @pytest.mark.parametrize("key", list(NAMES))

@@ -112,3 +112,4 @@ def test_classifying_the_digits_has_a_target_of_its_own():
     assert tasks.from_dataset("cnn", digits).target == 0.05
     assert tasks.from_dataset("autoencoder", digits).target is None
     assert tasks.from_dataset("cnn", _dataset((8, 8, 1))).target is None
+    assert tasks.from_dataset("cnn", _dataset((8, 8, 1))._replace(name=data.DIGITS)).target is None

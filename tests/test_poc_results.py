@@ -54,6 +54,16 @@ def test_smoothing_is_a_trailing_mean():
         assert smooth[i] == pytest.approx(losses[i - 4 : i + 1].mean())
 
 
+def test_a_loss_that_is_far_off_spoils_no_other_window():
+    for spike in (1e18, math.inf, math.nan):
+        losses = [0.01] * 100
+        losses[20] = spike
+        smooth = plots.smoothed(losses)
+        np.testing.assert_allclose(np.delete(smooth, range(20, 25))[4:], 0.01, rtol=1e-12)
+        np.testing.assert_allclose(smooth[20:25], spike / 5)
+    assert plots.smoothed([]).shape == (0,)
+
+
 def test_the_target_is_the_best_baseline_and_counts_steps_and_seconds():
     found = _results(
         _row("sgd", _decay(0.1)),
@@ -69,6 +79,13 @@ def test_the_target_is_the_best_baseline_and_counts_steps_and_seconds():
     assert adam.steps_to_target == 20
     assert hybrid.steps_to_target == 11  # exp(-0.4 * 10) is the first below
     assert hybrid.seconds_to_target == pytest.approx(10 * 0.1 + 0.5)
+
+
+def test_a_baseline_that_ends_at_nothing_is_the_best():
+    found = _results(_row("sgd", _decay(0.1)), _row("adam", [1.0] * 19 + [0.0]))
+    found.aim(None)
+    assert found.targets[0].loss == 0.0
+    assert "adam" in found.targets[0].origin
 
 
 def test_a_given_target_is_used():
@@ -188,6 +205,17 @@ def test_seeds_are_combined_by_their_median_and_failures_are_counted():
     assert summary.status == "diverged in 1 of 4"
 
 
+def test_a_seed_that_never_gets_there_counts_in_the_median_to_the_target():
+    def reaching(optimizer, *counts):
+        return [_row(optimizer, [1.0] * (n - 1) + [0.1] * (21 - n), seed=i) for i, n in enumerate(counts)]
+
+    rows = reaching("adam", *[20] * 5) + reaching("dho2", 6, 7, 20, 21, 21)
+    line, _ = _verdict(*rows, target=0.5, target_reason="enough")
+    assert line.startswith("mlp: a tie: dho2 against adam needs 2.00 s instead of 2.00 s and 20 updates instead of 20")
+    summary = results.summarize(rows)[1]
+    assert (summary.reached, summary["steps_to_target"], summary["seconds_to_target"]) == (3, 20, pytest.approx(2.0))
+
+
 def test_findings_name_wins_and_losses():
     found = _results(
         _row("sgd", _decay(0.2), test_accuracy=0.95),
@@ -210,6 +238,12 @@ def test_a_small_test_set_cannot_tell_accuracies_apart():
     assert any("no difference that 100 samples" in text for text in said["does_not_win"])
 
 
+def test_a_baseline_that_diverged_has_no_accuracy_to_compare_with():
+    found = _results(_row("adam", [1.0, math.inf], status="diverged"), _row("dho2", _decay(0.2), test_accuracy=0.9))
+    found.aim(None)
+    assert not any("accuracy" in text for texts in results.findings(found).values() for text in texts)
+
+
 def test_findings_say_when_a_hybrid_never_gets_there():
     found = _results(_row("sgd", _decay(0.2)), _row("fosi", _decay(0.1)))
     found.aim(None)
@@ -229,6 +263,31 @@ def test_findings_compare_memory_between_device_counts():
     assert "8 kB on 1 device and 1 kB on each of 8: 8.00 times less (the ideal is 8)" in text
 
 
+def test_memory_is_that_of_the_devices_that_there_were():
+    def sized(devices, left, size):
+        sizes = {"base_state_bytes": 0, "curvature_state_bytes": size}
+        return Row("mlp", "dho2", devices, None, 0.1, "compiled", devices_left=left, **sizes)
+
+    [text] = results.findings(_results(sized(1, None, 8000), sized(8, 2, 4000)))["memory"]
+    assert "8 kB on 1 device and 4 kB on each of 2: 2.00 times less (the ideal is 2)" in text
+    assert not results.findings(_results(sized(2, None, 4000), sized(8, 2, 4000)))["memory"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("cpu", "another"), ("cores", 4), ("device_count", 1)])
+def test_results_that_go_on_elsewhere_keep_the_machine_that_they_come_from(tmp_path, name, value):
+    found = _results(_row("adam", _decay(0.2)))
+    begun = found.machine
+    found.move_to(begun | {"date": "tomorrow"})
+    assert (found.machine["date"], found.earlier_machines) == ("tomorrow", [])
+    found.machine = begun
+    found.move_to(begun | {name: value})
+    assert (found.machine[name], found.earlier_machines) == (value, [begun])
+    found.save(tmp_path / "results.json")
+    reading = dict(report._said(Results.load(tmp_path / "results.json")))["How to read this"]
+    said = "begun at today on a cpu, 2 cores, 8 devices of the kind cpu: their seconds are of there."
+    assert any(said in text for text in reading)
+
+
 def test_results_are_json_even_when_a_loss_is_not_a_number(tmp_path):
     found = _results(_row("sgd", [1.0, math.inf, math.nan], status="diverged"))
     path = tmp_path / "results.json"
@@ -237,6 +296,18 @@ def test_results_are_json_even_when_a_loss_is_not_a_number(tmp_path):
     loaded = json.loads(path.read_text())
     assert loaded["rows"][0]["losses"] == [1.0, None, None]
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_numbers_that_are_not_finite_are_read_again_and_reported(tmp_path):
+    counters = {"refreshes": 3.0, "eigenvalue_max": math.nan}
+    found = _results(_row("dho2", [1.0, 2.0, math.inf], status="diverged", counters=counters), _row("sgd", _decay(0.1)))
+    found.tried = [_row("sgd", [math.inf], status="diverged")]
+    found.save(tmp_path / "results.json")
+    found = Results.load(tmp_path / "results.json")
+    np.testing.assert_array_equal(found.rows[0].losses, [1.0, 2.0, math.nan])
+    np.testing.assert_array_equal(found.tried[0].losses, [math.nan])
+    assert found.rows[0].counters == {"refreshes": 3.0, "eigenvalue_max": pytest.approx(math.nan, nan_ok=True)}
+    assert "diverged" in report.write_html(found, tmp_path).read_text()
 
 
 def test_the_report_marks_what_went_wrong_and_escapes_it(tmp_path):
@@ -478,6 +549,19 @@ def test_a_verdict_needs_a_hybrid_and_a_baseline_that_ended_well():
     assert _verdict(_row("adam", _decay(0.2)))[0] == "mlp: no hybrid was asked for, so there is no verdict."
     assert "no first-order optimizer to compare with; dho2 is there after" in _verdict(_row("dho2", _decay(0.2)))[0]
     assert _verdict(failed)[0] == "mlp: no run has ended well, so nothing can be said."
+
+
+def test_an_optimizer_of_which_a_seed_failed_has_not_ended_well():
+    rows = [_row(name, _decay(rate), seed=i) for name, rate in (("adam", 0.2), ("dho2", 0.4)) for i in range(2)]
+    rows += [_row("adam", _decay(0.2), seed=2), Row("mlp", "dho2", 8, 2, 0.1, "failed", message="E")]
+    assert _verdict(*rows)[0] == "mlp: no hybrid has ended well, so there is no verdict."
+
+
+def test_the_verdict_is_of_the_most_devices_on_which_both_kinds_ended_well():
+    rows = [_row("adam", _decay(0.2), devices=1), _row("dho2", _decay(0.4), devices=1), _row("adam", _decay(0.2))]
+    line, pairs = _verdict(*rows, Row("mlp", "dho2", 8, 0, 0.1, "failed", message="E"))
+    assert line.startswith("mlp on 1 device: the hybrid wins in time and updates: dho2 against adam needs")
+    assert len(pairs) == 1
 
 
 def test_verdicts_open_the_page_and_close_the_terminal(tmp_path):

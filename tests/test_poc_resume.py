@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -146,6 +147,36 @@ def test_a_tuning_goes_on_where_it_was_cut_off(tmp_path, trained):
     assert len(search.learning_rates) == len(found.tried)
 
 
+def test_a_tuning_of_which_a_run_failed_goes_on_and_replaces_what_was_run_at_its_choice(tmp_path, trained):
+    made, cut = trained
+    cut |= {"run": 7, "step": 4, "error": RuntimeError("out of luck")}
+    found = _run(tmp_path, tune=True, every=1e6)
+    best = made[6][0]
+    assert found.num_failed == 1
+    assert [row.learning_rate for row in found.rows] == [found.tuning[0].chosen] != [best]
+    cut.clear()
+    made.clear()
+    found = _run(tmp_path, resume=True, tune=True, every=1e6)
+    assert made == [(best, 0), (best, 0)]
+    assert (found.num_failed, len(found.tuning), found.tuning[0].chosen) == (0, 1, best)
+    assert [row.learning_rate for row in found.rows] == [best]
+
+
+def test_a_tuning_that_was_cut_off_while_it_was_widened_goes_on_there(tmp_path, trained):
+    made, cut = trained
+    cut |= {"run": 7, "step": 3}
+    changes = {"tune": True, "learning_rates": {"adam": 3.0}, "every": 1e6}
+    assert _run(tmp_path, **changes).status == "interrupted"
+    rates = [rate for rate, _ in made]
+    assert rates[5:] == [0.03, 0.09]
+    cut.clear()
+    made.clear()
+    found = _run(tmp_path, resume=True, **changes)
+    assert [rate for rate, _ in made] == [0.09, 0.3]
+    [search] = found.tuning
+    assert (search.learning_rates, search.chosen, search.widened) == (sorted(rates), 0.3, True)
+
+
 def test_what_failed_is_tried_again_from_its_last_checkpoint(tmp_path, trained):
     _, cut = trained
     cut |= {"run": 1, "step": 4, "error": RuntimeError("out of luck")}
@@ -171,6 +202,46 @@ def test_on_fewer_devices_a_run_goes_on_with_those_that_can_share_a_batch(tmp_pa
     assert (row.devices, row.train_devices, row.taken_up) == (8, 2, [[7, 2]])
     np.testing.assert_allclose(row.losses, whole.rows[0].losses, rtol=1e-4)
     assert [row.devices for row in found.rows] == [8, 2]  # no program for four devices can be made
+    assert [row.devices_left for row in found.rows] == [2, None]
+    reading = dict(report._said(found))["How to read this"]
+    [fewer] = [text for text in reading if "asked for" in text]
+    assert fewer.startswith("valley, dho2: 8 devices were asked for, but there were no more than 2 that can share a")
+    assert any("8 devices of the kind cpu: their seconds are of there." in text for text in reading)
+
+
+class _Group:
+    """In place of devices that find curvature: counts the steps that it is told of."""
+
+    def __init__(self, context):
+        self._steps = 0
+
+    def memory(self, params, batch):
+        return SimpleNamespace(total=0)
+
+    def warm_up(self, state, params, batch):
+        pass
+
+    def advance(self, state, params, batch):
+        self._steps += 1
+        return state
+
+    def metrics(self):
+        return dict.fromkeys((*training._OF_GROUP, "staleness"), float(self._steps))
+
+    def close(self):
+        pass
+
+
+def test_what_a_group_of_devices_counts_is_of_the_whole_run(tmp_path, trained, monkeypatch):
+    _, cut = trained
+    optimizer = dataclasses.replace(training.OPTIMIZERS["adam"], group=_Group)
+    monkeypatch.setattr(training, "OPTIMIZERS", {"adam": optimizer})
+    cut |= {"run": 1, "step": 7}
+    _run(tmp_path, devices=(2,))
+    cut.clear()
+    [row] = _run(tmp_path, resume=True, devices=(2,)).rows
+    assert row.taken_up == [[7, 2]]
+    assert row.counters == dict.fromkeys(training._OF_GROUP, float(_STEPS)) | {"staleness": _STEPS - 7.0}
 
 
 def test_a_checkpoint_of_something_else_fails_the_run_and_stays(tmp_path, trained):

@@ -246,10 +246,12 @@ class _Session:
             return rows[best()].final_loss is not None
 
         search(_GRID)
-        widened = best() in (min(rows), max(rows)) and found()
-        if widened:
+        # At the edge of the grid itself: beyond it there may be runs of an earlier search, which was not over.
+        grid = [_round(start * factor) for factor in _GRID]
+        edge = min(grid, key=rank)
+        if edge in (grid[0], grid[-1]) and rows[edge].final_loss is not None:
             self.progress.update(self._all, total=self._total() + len(_WIDER["low"]))
-            search(_WIDER["low" if best() == min(rows) else "high"])
+            search(_WIDER["low" if edge == grid[0] else "high"])
         rates = sorted(rows)
         failures = [row.message for row in rows.values() if row.status == "failed"]
         self._results.tuning.append(
@@ -260,7 +262,7 @@ class _Session:
                 final_losses=[rows[rate].final_loss for rate in rates],
                 steps_to_target=[steps(rate) for rate in rates],
                 chosen=best() if found() else None,
-                widened=widened,
+                widened=len(rates) > len(grid),
                 at_edge=found() and best() in (rates[0], rates[-1]),
                 failed=len(failures),
                 message=failures[0] if failures else "",
