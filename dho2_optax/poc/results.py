@@ -353,7 +353,7 @@ def _target(task: dict[str, Any], rows: list[Row], given: float | None) -> Targe
     baselines = [s for s in done if not OPTIMIZERS[s.optimizer].hybrid]
     if not done:
         return None
-    best = min(baselines or done, key=lambda s: math.inf if s["final_loss"] is None else s["final_loss"])
+    best = min(baselines or done, key=lambda s: s["final_loss"] or 0.0)  # a number, of all that are done
     kind = "first-order optimizer" if baselines else "optimizer (there is no first-order one)"
     error, accuracy = best["test_error"], best["test_accuracy"]
     worth = [] if error is None else [f"a relative error of {error:.2%}"]
