@@ -20,7 +20,7 @@ from dho2_optax.packing import Layout
 from dho2_optax.segments import padded_size
 from dho2_optax.state import MADE_BY, DHO2State
 from dho2_optax.streaming import Probing
-from dho2_optax.vectors import as_arrays, unwrapped
+from dho2_optax.vectors import abstract, unwrapped
 
 Path = tuple[str, ...]
 
@@ -66,7 +66,7 @@ def relayout(state: Any, like: Any, params: Any) -> Any:
       ([(4, 303)], [(2, 256, 3)])
     """
     saved, wanted = {p: _on_host(p, x) for p, x in _by_path(state).items()}, _by_path(like)
-    params = _abstract(as_arrays(unwrapped(params)))
+    params = abstract(unwrapped(params))
     moves = {
         _names(key): _repack(saved, _names(key), part, params)
         for key, part in jax.tree_util.tree_leaves_with_path(like, is_leaf=_is_ours)
@@ -84,14 +84,6 @@ def relayout(state: Any, like: Any, params: Any) -> Any:
         is_leaf=_is_ours,
     )
     return jax.tree_util.tree_map_with_path(lambda key, x, to: _placed(_names(key), x, to), resized, like)
-
-
-def _abstract(params: Any) -> Any:
-    def shape(x: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(x, "sharding", None)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(shape, params)
 
 
 def _is_ours(x: Any) -> bool:

@@ -12,7 +12,7 @@ from dho2_optax import vectors
 from dho2_optax.eigensolver import Spectrum, is_null
 from dho2_optax.packing import of_stack
 from dho2_optax.state import DHO2State, find_state
-from dho2_optax.vectors import as_arrays, unwrapped
+from dho2_optax.vectors import unwrapped
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:
@@ -133,7 +133,7 @@ def get_spectrum(state: Any, params: Any = None) -> Spectrum:
     spectrum = find_state(state).spectrum
     if params is None:
         return spectrum
-    layout = of_stack(spectrum.eigenvectors, as_arrays(unwrapped(params)))
+    layout = of_stack(spectrum.eigenvectors, unwrapped(params))
     spectrum = spectrum.orthonormal()
     return spectrum._replace(eigenvectors=jax.vmap(layout.unpack)(spectrum.eigenvectors))
 

@@ -292,15 +292,12 @@ class Layout:
 
 def of_buffers(buffers: Packed, like: Vector) -> Layout:
     """The layout of whole buffers, or of what all devices have of them, seen from outside of ``shard_map``."""
-
-    def described(x: Any) -> jax.ShapeDtypeStruct:
-        sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    like = jax.tree.map(described, like)
+    like = vectors.abstract(like)
     without_axis = Layout(like, None)
     shapes = [x.shape for x in jax.eval_shape(without_axis.pack, like)]
-    return without_axis if [x.shape for x in buffers] == shapes else Layout(like, None, num_rows=buffers[0].shape[0])
+    if [x.shape for x in buffers] == shapes or not (buffers and buffers[0].shape):
+        return without_axis
+    return Layout(like, None, num_rows=buffers[0].shape[0])
 
 
 def of_stack(rows: Packed, like: Vector) -> Layout:

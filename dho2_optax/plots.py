@@ -253,9 +253,15 @@ def smoothed(losses: Sequence[float]) -> np.ndarray:
     """
     values = np.asarray(losses, np.float64)
     window = max(1, values.size // 20)
-    # Each window by itself: in a running sum a spike would leave its rounding behind in all that come later.
-    means = np.lib.stride_tricks.sliding_window_view(values, window).mean(axis=-1) if values.size else values
-    return np.concatenate([np.full(window - 1, np.inf), means])
+    # A window is the end of a block and the beginning of the next, of sums within each: in one running sum a spike
+    # would leave its rounding behind in all that come later.
+    blocks = np.pad(values, (0, -values.size % window)).reshape(-1, window)
+    to_end = np.cumsum(blocks[:, ::-1], axis=1)[:, ::-1].ravel()
+    from_begin = np.cumsum(blocks, axis=1).ravel()
+    first = np.arange(max(values.size - window + 1, 0))
+    last = first + window - 1
+    sums = np.where(first % window == 0, from_begin[last], to_end[first] + from_begin[last])
+    return np.concatenate([np.full(window - 1, np.inf), sums / window])
 
 
 def megabytes(size: float) -> str:

@@ -248,7 +248,11 @@ def synchronous(solver: Solver, refresh_interval: ArrayLike, warmup_steps: Array
         due = counters.is_due(state.clock, start, refresh_interval)
         state = jax.lax.cond(due & source.allowed, lambda s: attempt(s, source), lambda s: s, state)
         waits = due & ~jnp.asarray(source.allowed, bool)
-        return state._replace(clock=jnp.where(waits, state.clock, counters.tick(state.clock, start, refresh_interval)))
+        # By a conditional, which knows that all devices agree where the type of `allowed` does not.
+        ticked = counters.tick(state.clock, start, refresh_interval)
+        return state._replace(
+            clock=jax.lax.cond(waits, lambda old, new: old, lambda old, new: new, state.clock, ticked)
+        )
 
     return Refresh(init=lambda params, layout, factors: None, advance=advance)
 

@@ -417,8 +417,9 @@ class CurvatureGroup:
         self._log.report()
 
     def _forget(self) -> None:
-        """Lets go of this training: the next may be another one, and takes over what is compiled and nothing else."""
+        """Lets go of this training: the next may be another one, and takes over its Lanczos programs alone."""
         self._count = self._spectrum = self._factors = None
+        self._read = self._convert = self._deliver = None
 
     def _collect(self, state: Any, params: Any) -> Any:
         """Installs the spectrum of the process in flight if it is due and there."""
@@ -686,7 +687,7 @@ class CurvatureGroup:
 def _check_visible(state: DHO2State, params: Any) -> None:
     """Raises ValueError for parameters that are not those for which the state was made."""
     rows = state.spectrum.eigenvectors
-    packed = jax.eval_shape(of_stack(rows, params).pack, jax.tree.map(jnp.asarray, params))
+    packed = jax.eval_shape(of_stack(rows, params).pack, vectors.abstract(params))
     if [x.shape for x in packed] != [x.shape[1:] for x in rows]:
         raise ValueError(
             "`params` must be those that the optimizer sees, got others; behind optax.masked or optax.partition give "

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 Vector = Any  # a pytree of arrays
@@ -29,9 +30,22 @@ def as_arrays(tree: Any) -> Any:
     def as_array(x: Any) -> Any:
         if isinstance(x, int | float):
             return jnp.asarray(x, jnp.result_type(x))
-        return jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x
+        is_number = isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "biufcV"  # V: bfloat16, and others
+        return jnp.asarray(x) if is_number else x
 
     return jax.tree.map(as_array, tree)
+
+
+def abstract(tree: Any) -> Any:
+    """Shape, dtype and sharding of every leaf, as JAX would have them; no device is touched."""
+
+    def described(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
+        known = isinstance(x, jax.Array | jax.ShapeDtypeStruct)
+        dtype = x.dtype if known else jax.dtypes.canonicalize_dtype(jnp.result_type(x))
+        return jax.ShapeDtypeStruct(np.shape(x), dtype, sharding=sharding)
+
+    return jax.tree.map(described, tree)
 
 
 def unwrapped(tree: Any) -> Any:

@@ -304,3 +304,14 @@ def test_the_program_of_the_page_goes_on_with_other_devices(tmp_path):
     assert said[:2] == ["6 devices", "goes on after step 20"]
     # The last five digits of the loss are rounding.
     assert said[2][:-1] == run("never stopped", 50, 8)[1][:-1]
+
+
+def test_parameters_of_numpy_go_to_no_device():
+    params = {"w": np.ones((3, 4), np.float32), "b": np.ones(3), "c": 2.0}
+    tx = dho2.dho2(optax.sgd(0.1), rank=2)
+    state = tx.init(params)
+    like = dho2.dho2(optax.sgd(0.1), rank=1).init(params)
+    with jax.transfer_guard_host_to_device("disallow_explicit"):
+        moved = dho2.relayout(jax.device_get(state), jax.device_get(like), params)
+    assert [x.shape for x in moved.spectrum.eigenvectors] == [(1, 16)]
+    assert dho2.spectrum(state, params).eigenvectors["w"].shape == (2, 3, 4)

@@ -74,6 +74,11 @@ def test_arrays_of_numpy_are_parameters_whatever_their_dtypes():
     assert dho2.metrics(state)["refreshes"] == 2
 
 
+def test_what_is_no_number_is_no_parameter():
+    for leaf in (np.array(["x"]), np.array([None])):
+        _refused(r"`params` must hold real floating-point numbers, got .* at \['n'\]", _optimizer().init, {"n": leaf})
+
+
 @pytest.mark.parametrize("dtype", ["int32", "complex64", "float33", 3])
 def test_a_dtype_that_vectors_cannot_be_stored_in(dtype):
     said = "`basis_dtype` must be None or a real floating-point dtype, got "

@@ -1,5 +1,4 @@
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
@@ -170,13 +169,22 @@ def test_a_streaming_optimizer_probes_in_some_steps_and_refreshes_in_others(digi
 
 
 @pytest.mark.parametrize("devices", [2, 4])
-def test_devices_that_do_not_train_find_curvature(digits, devices):
+def test_devices_that_do_not_train_find_curvature(digits, devices, monkeypatch):
     steps = MATURE_AFTER + 12
     spec = training.Spec("mr-dho2-roles", 0.01, devices, 64, steps, rank=2, refresh_interval=3)
 
-    def wait(step, loss):  # for the first Lanczos process, launched once Adam's preconditioner is a metric
-        if step >= MATURE_AFTER:
-            time.sleep(2.0 if step == MATURE_AFTER else 0.05)
+    groups = []
+
+    class Kept(dho2_optax.CurvatureGroup):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            groups.append(self)
+
+    def wait(step, loss):  # for the process in flight; the first is launched once Adam's preconditioner is a metric
+        if groups[-1]._log.flight is not None:
+            groups[-1]._log.flight.wait(60)
+
+    monkeypatch.setattr(dho2_optax, "CurvatureGroup", Kept)
 
     program, run = _train(digits, spec, on_step=wait)
     assert program.context.mesh.size == len(program.context.curvature_devices) == devices // 2

@@ -609,6 +609,29 @@ def test_a_batch_of_another_shape_is_another_program():
     assert run.metrics["failures"] == 0
     sizes = [run.group.memory(run.params, np.ones((rows, 1000), np.float32)).argument for rows in (1, 100)]
     assert sizes[1] - sizes[0] == 4 * 99_000
+    run.group.close()
+
+
+def test_another_training_may_have_parameters_of_other_shapes():
+    """Padded, the buffers of both have one shape."""
+
+    def product(params, vector, batch):
+        scale = lambda x: x.size * 0.5 ** jnp.arange(x.size, dtype=x.dtype)  # noqa: E731
+        return jax.tree.map(lambda x: batch[0] * scale(x) * x, vector)
+
+    tx = dho2.dho2(optax.sgd(0.01), rank=2, refresh_interval=None)
+    options = {"rank": 2, "interval": 2, "deterministic": True}
+    group = dho2.CurvatureGroup(curvature=product, devices=jax.devices()[-2:], **options)
+    for sizes in ({"a": 3, "b": 5}, {"a": 5, "b": 3}, {"a": 300, "b": 3}):
+        params = {name: jnp.ones(size) for name, size in sizes.items()}
+        state = tx.init(params)
+        with group:
+            for _ in range(3):
+                state = group.advance(state, params, np.ones(2, np.float32))
+        assert dho2.metrics(state)["eigenvalue_max"] == pytest.approx(max(sizes.values()), rel=0.01)
+        found = dho2.spectrum(state, params)
+        largest = found.eigenvectors[max(sizes, key=sizes.get)][jnp.argmax(found.eigenvalues)]
+        assert abs(largest[0]) > 0.9
 
 
 def test_a_batch_may_hold_a_random_key_and_a_number():
@@ -623,6 +646,7 @@ def test_a_batch_may_hold_a_random_key_and_a_number():
     for _ in range(5):
         run.state = run.group.advance(run.state, run.params, batch)
     assert float(dho2.metrics(run.state)["eigenvalue_max"]) == pytest.approx(0.5)
+    run.group.close()
 
 
 def test_a_batch_is_copied_before_the_next_is_written_in_its_place():
@@ -643,7 +667,7 @@ def test_products_are_traced_as_the_caller_says():
         seen.append(jax.config.jax_default_matmul_precision)
         return vector
 
-    run = _Quadratic(product)
+    run = _Quadratic(product, deterministic=True)
     with jax.default_matmul_precision("highest"):
         run.step_until("installed", 1)
     assert set(seen) == {"highest"}
@@ -652,10 +676,11 @@ def test_products_are_traced_as_the_caller_says():
 
 def test_parameters_of_which_the_optimizer_sees_a_part_are_refused():
     tx = optax.masked(dho2.dho2(optax.sgd(0.1), rank=1, refresh_interval=None), {"a": True, "b": False})
-    params = {"a": jnp.ones(3), "b": jnp.ones(4)}
     group = dho2.CurvatureGroup(curvature=_product, devices=jax.devices()[:1], rank=1)
-    with pytest.raises(ValueError, match=r"`params` must be those that the optimizer sees.*optax\.masked"):
-        group.advance(tx.init(params), params, np.ones(1, np.float32))
+    for seen in (jnp.ones(3), jnp.float32(1)):
+        params = {"a": seen, "b": jnp.ones(4)}
+        with pytest.raises(ValueError, match=r"`params` must be those that the optimizer sees.*optax\.masked"):
+            group.advance(tx.init(params), params, np.ones(1, np.float32))
 
 
 # The end of a group.
@@ -700,11 +725,9 @@ def test_a_group_that_only_failed_says_why():
 
 
 def test_a_forgotten_group_says_that_it_has_installed_nothing():
-    before = threading.active_count()
     runs = [_Quadratic()]
     runs[0].step()
-    while threading.active_count() > before:
-        time.sleep(0.01)
+    runs[0].group._log.flight._thread.join()  # which keeps the group
 
     def forget():
         runs.clear()

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import dho2_optax as dho2
 from benchmarks.options import grouped
-from tests.helpers import flat, flat_rows, named_spectra, symmetric, unflatten
+from tests import helpers
+from tests.helpers import AXIS, flat, flat_rows, named_spectra, symmetric, unflatten
 
 _N = 8
 _NUM_STEPS = 9
@@ -473,6 +475,24 @@ def test_a_refresh_waits_until_it_is_allowed():
     trace = _compiled(_optimizer(), problem._replace(offset=np.float32(flags)), extra_args=extra_args)
     due = [_is_due(t - 1, 2, 3) for t in range(_NUM_STEPS)]  # and all that follow are as much later
     np.testing.assert_array_equal(trace.metrics["refreshes"], np.cumsum(due))
+
+
+def test_whether_a_refresh_is_allowed_may_be_a_number_of_each_device():
+    """Of a type that does not say that all have the same, which an all-gather leaves behind."""
+    options = {"rank": 2, "refresh_interval": 2, "split": dho2.Split(AXIS), "warmup_steps": 1}
+    tx = dho2.dho2(optax.sgd(0.1), lambda params, batch: jnp.mean(batch) * jnp.sum(params**2), **options)
+
+    @functools.partial(jax.shard_map, mesh=helpers.make_mesh(2), in_specs=(P(AXIS), P()), out_specs=P())
+    def clocks(batch, allowed):
+        params = jnp.ones(6)
+        state, found = tx.init(params), []
+        for ok in allowed:
+            agreed = jax.lax.all_gather(jax.lax.pcast(ok, AXIS, to="varying"), AXIS).all()
+            _, state = tx.update(params, state, params, batch=batch, allow_refresh=agreed)
+            found.append(state.clock)
+        return jnp.stack(found)
+
+    np.testing.assert_array_equal(clocks(jnp.ones(4), jnp.asarray([False, False, True, True])), [0, 0, 1, 2])
 
 
 def test_a_loose_tolerance_ends_a_refresh_early():

@@ -251,7 +251,6 @@ class Summary:
     task: str
     optimizer: str
     devices: int
-    present_devices: int
     learning_rate: float
     status: str  # as that of the rows, or "diverged in 1 of 3"
     message: str
@@ -318,7 +317,6 @@ def _summary(task: str, optimizer: str, devices: int, rows: list[Row]) -> Summar
         task=task,
         optimizer=optimizer,
         devices=devices,
-        present_devices=rows[0].present_devices,
         learning_rate=rows[0].learning_rate,
         status=status,
         message=bad[0].message if bad else "",
@@ -391,7 +389,7 @@ def findings(results: Results) -> dict[str, list[str]]:
         for optimizer in hybrids:
             for summary in _most_devices(s for s in group if s.optimizer == optimizer and s.trained):
                 _compare(task, summary, group, said)
-            _memory_finding(name, optimizer, group, said["memory"])
+            _memory_finding(name, optimizer, results.rows, said["memory"])
         for summary in group:
             if summary.status.startswith(("diverged", "failed")):
                 said["failures"].append(
@@ -471,14 +469,16 @@ def _compare(task: dict[str, Any], hybrid: Summary, group: list[Summary], said: 
             )
 
 
-def _memory_finding(task: str, optimizer: str, group: list[Summary], said: list[str]) -> None:
-    sizes = sorted(
-        (s.present_devices, s["optimizer_bytes"]) for s in group if s.optimizer == optimizer and s["optimizer_bytes"]
-    )
-    (few, before), (many, after) = (sizes[0], sizes[-1]) if sizes else ((0, 0.0), (0, 0.0))
-    if few == many:
+def _memory_finding(task: str, optimizer: str, rows: list[Row], said: list[str]) -> None:
+    sizes = {
+        row.present_devices: row.optimizer_bytes
+        for row in rows
+        if (row.task, row.optimizer) == (task, optimizer) and row.optimizer_bytes
+    }
+    if len(sizes) < 2:
         return
-    before, after = before or 0.0, after or 1.0
+    few, many = min(sizes), max(sizes)
+    before, after = sizes[few], sizes[many]
     text = (
         f"{task}: {optimizer}'s state takes {megabytes(before)} on {count_devices(few)} and "
         f"{megabytes(after)} on each of {many}: "

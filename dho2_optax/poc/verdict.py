@@ -40,10 +40,17 @@ def verdicts(results: Results) -> list[str]:
 def against_bases(results: Results) -> list[str]:
     """Compare each hybrid with its base: at the target, or where that is of the runs, at what the base ends at."""
     return [
-        f"{task['name']}: {hybrid.optimizer} {_comparison(hybrid, base, loss)}."
+        f"{_called(results, task['name'])}: {hybrid.optimizer} {_comparison(hybrid, base, loss)}."
         for task in results.tasks
         for hybrid, base, loss in _pairs(results, task["name"])
     ]
+
+
+def _called(results: Results, task: str) -> str:
+    """The name of a task, with the number of devices where that is not the largest that was asked for."""
+    devices, _ = _runs(results, task)
+    most = max((row.devices for row in results.rows if row.task == task and row.seed is not None), default=devices)
+    return task if devices == most else f"{task} on {count_devices(devices)}"
 
 
 def _pairs(results: Results, task: str) -> list[tuple[_Standing, _Standing, float]]:
@@ -91,11 +98,10 @@ def _standing(optimizer: str, rows: Sequence[Row], loss: float) -> _Standing:
 
 
 def _verdict(results: Results, task: str) -> str:
-    target, (devices, runs) = results.target(task), _runs(results, task)
+    target, (_, runs) = results.target(task), _runs(results, task)
     if target is None or not runs:
         return f"{task}: no run has ended well, so nothing can be said."
-    on_most = devices == max(row.devices for row in results.rows if row.task == task and row.seed is not None)
-    name = task if on_most else f"{task} on {count_devices(devices)}"
+    name = _called(results, task)
     standings = [_standing(name, rows, target.loss) for name, rows in runs.items()]
     hybrids = [s for s in standings if OPTIMIZERS[s.optimizer].hybrid]
     rivals = [s for s in standings if not OPTIMIZERS[s.optimizer].hybrid]
