@@ -561,7 +561,7 @@ class CurvatureGroup:
         Returns:
           The kind.
         """
-        params, batch, factors = jax.eval_shape(lambda *x: x, params, batch, factors)
+        params, batch, factors = vectors.abstract((params, batch, factors))
         leaves, treedef = jax.tree.flatten((params, batch, factors))
         kind = treedef, tuple((x.shape, x.dtype) for x in leaves)
         if kind in self._solve:

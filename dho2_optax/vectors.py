@@ -30,7 +30,7 @@ def as_arrays(tree: Any) -> Any:
     def as_array(x: Any) -> Any:
         if isinstance(x, int | float):
             return jnp.asarray(x, jnp.result_type(x))
-        is_number = isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "biufcV"  # V: bfloat16, and others
+        is_number = isinstance(x, np.ndarray | np.generic) and jnp.issubdtype(x.dtype, np.number)
         return jnp.asarray(x) if is_number else x
 
     return jax.tree.map(as_array, tree)

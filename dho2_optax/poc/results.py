@@ -25,6 +25,7 @@ __all__ = [
     "count_devices",
     "findings",
     "median_to_target",
+    "state_sizes",
     "summarize",
     "within",
 ]
@@ -469,12 +470,14 @@ def _compare(task: dict[str, Any], hybrid: Summary, group: list[Summary], said: 
             )
 
 
+def state_sizes(rows: Iterable[Row], task: str, optimizer: str) -> dict[int, int]:
+    """Bytes of an optimizer's state on one device, by the number of devices that there were."""
+    chosen = (row for row in rows if (row.task, row.optimizer) == (task, optimizer))
+    return {row.present_devices: size for row in chosen if (size := row.optimizer_bytes)}
+
+
 def _memory_finding(task: str, optimizer: str, rows: list[Row], said: list[str]) -> None:
-    sizes = {
-        row.present_devices: row.optimizer_bytes
-        for row in rows
-        if (row.task, row.optimizer) == (task, optimizer) and row.optimizer_bytes
-    }
+    sizes = state_sizes(rows, task, optimizer)
     if len(sizes) < 2:
         return
     few, many = min(sizes), max(sizes)

@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 
 from dho2_optax.plots import megabytes
 from dho2_optax.poc.optimizers import OPTIMIZERS
-from dho2_optax.poc.results import TIE_SECONDS, TIE_STEPS, Results, Row, count_devices, median_to_target, within
+from dho2_optax.poc.results import (
+    TIE_SECONDS,
+    TIE_STEPS,
+    Results,
+    Row,
+    count_devices,
+    median_to_target,
+    state_sizes,
+    within,
+)
 
 __all__ = ["against_bases", "verdicts"]
 
@@ -125,8 +134,7 @@ def _verdict(results: Results, task: str) -> str:
 
 def _saved(results: Results, task: str, optimizer: str) -> str:
     """Say how much less memory a state takes on each of more devices."""
-    rows = [row for row in results.rows if (row.task, row.optimizer) == (task, optimizer)]
-    sizes = {row.present_devices: row.optimizer_bytes for row in rows if row.optimizer_bytes}
+    sizes = state_sizes(results.rows, task, optimizer)
     if len(sizes) < 2:
         return ""
     few, many = min(sizes), max(sizes)
